@@ -149,6 +149,28 @@ def unreadable(error: OSError) -> str:
 OF_FILE = {"router": ("class", r"^class (\w+)\(.*Router\b"), "method": ("class", r"^class (\w+)\(.*Distiller\b")}
 
 
+# What stands for several of a kind: composed, or one after the other.
+SEVERAL = {"method": "{0}", "router": "--routers {1}"}
+# Names of another program or paper, in small letters, and what they are here.
+# fmt: off
+_CALLED = {
+    "method": {
+        "hint hints fitnets": "fitnet", "attention": "at", "similarity": "sp", "correlation": "cc", "abound": "ab",
+        "factor": "ft", "soft_target soft logits kl hinton vanilla_kd": "kd", "review": "reviewkd",
+        "none off vanilla scratch ce": "sakd pretrain-teacher, without a teacher",
+        "all": "sakd sweep, for one after the other",
+    },
+    "router": {
+        "learned policy gumbel sakd spot spotadaptive spot-adaptive true": "adaptive",
+        "off no false": "always", "none": "never or always", "all": "--routers all", "uncertainty": "teacher-entropy",
+    },
+}
+# fmt: on
+CALLED = {
+    kind: {name: ours for names, ours in table.items() for name in names.split()} for kind, table in _CALLED.items()
+}
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown method 'atx'; did you mean 'at'?`, or the whole list where nothing is near; of a file, what is in it."""
     if name.endswith(".py"):
@@ -161,8 +183,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     if name.startswith("python:"):
         return f"{kind} {name} was an object of another process; in a file it is found: FILE.py:{name[7:]}"
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if kind == "method" and set(parts := name.split(",")) <= set(names):
-        near = ["+".join(parts)]
+    small = {one.lower(): one for one in names}
+    near = [small[one] for one in difflib.get_close_matches(name.lower(), small, n=1, cutoff=0.6)]
+    parts = re.split(r"[,+/&| ]+", name.lower())
+    if kind in SEVERAL and parts[1:] and set(parts) <= set(names):
+        near = [SEVERAL[kind].format("+".join(parts), ",".join(parts))]
     tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    if called := CALLED.get(kind, {}).get(name.lower()):
+        tail = f"here it is {called!r}" if called in names else f"here: {called}"
     return f"unknown {kind} {name!r}; {tail}"

@@ -104,8 +104,21 @@ def parse_yaml(text: str) -> Any:
     return _parse_yaml(text, yaml.SafeLoader)
 
 
+def _number(loader: Any, node: Any) -> Any:
+    """A number as everybody reads it: to YAML 1.1 `010` is 8 and `1:30` is 90."""
+    if ":" in node.value:
+        return node.value
+    if re.fullmatch("[-+]?0[0-9_]+", node.value):
+        return int(node.value.replace("_", ""))
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
 class _Once:
     """A loader whose mappings have every key once: of two, one would be lost without a word."""
+
+    yaml_constructors = yaml.SafeLoader.yaml_constructors | {
+        f"tag:yaml.org,2002:{kind}": _number for kind in ("int", "float")
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         before = set[str]()

@@ -84,6 +84,31 @@ BAD = f"""
 2 | unknown key 'method.tau'                                | PAIR --method fitnet --set method.tau=3
 2 | train.lr: must be a number                              | PAIR --set train.lr=1e-4x
 2 | train.lr: must be greater than 0                        | PAIR --set train.lr=-0.1
+2 | train.lr: must be a number, got '1:30'                  | PAIR --set train.lr=1:30
+2 | did you mean 'train.lr'?                                | PAIR --set TRAIN.LR=0.1
+2 | did you mean 'train.lr'?                                | PAIR --set +train_lr=0.1
+2 | 'optimizer.lr'; here it is 'train.lr'                   | PAIR --set optimizer.lr=0.1
+2 | here it is 'teacher.source'                             | PAIR --set models.teacher_model.key=resnet8
+2 | here it is 'teacher.source'                             | PAIR --set teacher.checkpoint=x
+2 | is one value, not a section; 'train.optimizer.lr' is 'train.lr' here | PAIR --set train.optimizer.lr=0.1
+2 | (from --set student.name)                               | PAIR --set student.name=resnet8
+2 | train: must be a section of keys, got 'fast'            | PAIR --set train=fast
+2 | runs_dir: must be a path                                | PAIR --set runs_dir=null
+2 | train.betas: has too few values, got [0.9]              | PAIR --set train.optimizer=adam --set train.betas=[0.9]
+2 | unknown value 'inductor'; known: auto, false, true      | PAIR --set runtime.compile=inductor
+2 | unknown value 'CosineAnnealingLR'; here it is 'cosine'  | PAIR --set train.schedule=CosineAnnealingLR
+2 | unknown value 'accuracy'; here it is 'top1'             | PAIR --set train.metric=accuracy
+2 | unknown value 'FP32'; did you mean 'fp32'?              | PAIR --precision FP32
+2 | unknown method 'hint'; here it is 'fitnet'              | PAIR --method hint
+2 | unknown method 'vanilla'; here: sakd pretrain-teacher   | PAIR --method vanilla
+2 | unknown method 'kd crd'; did you mean 'kd+crd'?         | PAIR --method 'kd crd'
+2 | did you mean '--routers adaptive,always'?               | PAIR --router adaptive,always
+2 | of a library: torchvision/densenet121, timm/densenet121 | pretrain-teacher densenet121
+2 | of a library: torchvision/resnet50, timm/resnet50       | pretrain-teacher torchvision.models.resnet50
+2 | it is a file of weights                                 | pretrain-teacher resnet18.pth
+2 | its network is 'resnet56'                               | pretrain-teacher resnet56_vanilla
+2 | is not of the form TEACHER:STUDENT, got 'resnet8-resnet8' | sweep sweep-small --pairs resnet8-resnet8
+2 | more than 63 bits, got '99999999999999999999' (from --seed) | PAIR --seed 99999999999999999999
 2 | train.lr: is true or false                              | PAIR --set train.lr=yes
 2 | train.momentum: must be less than 1                     | PAIR --set train.momentum=1
 2 | train.batch_size: must be greater than 0                | PAIR --batch-size 0
@@ -198,6 +223,7 @@ HINTS = """
 2 | --device                                          | pretrain-teacher resnet8 --gpu 0
 2 | sakd pretrain-teacher MODEL                       | pretrain-teacher --model resnet8
 2 | sakd predict NETWORK PATH...                      | predict --weights x
+2 | hint: --preset quickstart                         | PAIR --config quickstart
 2 | --student                                         | distill --model resnet8
 2 | --set train.weight_decay=... or --set router.w    | distill --weight-decay 1e-4
 2 | --set teacher.logits=...                          | distill --teacher-logits x.npy

@@ -11,6 +11,7 @@ from sakd_cli.config.base import description
 from sakd_cli.config.effective import effective
 from sakd_cli.config.foreign import FOREIGN, ours
 from sakd_cli.config.keys import keys_of, places_of
+from sakd_cli.config.networks import find_network
 from sakd_cli.config.options import OPTIONS as TABLE
 from sakd_cli.config.resolve import ConfigSource, environment_sources, option_sources, resolve, set_sources
 from sakd_cli.config.training import TASKS
@@ -88,6 +89,16 @@ def test_a_word_of_another_program_leads_to_a_key_that_there_is() -> None:
 def test_a_key_of_another_program_is_answered_with_ours(assignment: str, key: str) -> None:
     with pytest.raises(UsageError, match=f"here it is '{key}'"):
         resolve("distill", [PAIR, *set_sources([assignment])])
+
+
+def test_values_are_read_as_a_program_has_them() -> None:
+    """Python's None and tuples; and numbers are decimal, which YAML 1.1 reads otherwise: 010 as 8."""
+    given = ["data.limit=None", "train.milestones=(5, 6)", "train.epochs=010", "train.clip_norm=none", "seed=1_0"]
+    config = resolve("distill", [PAIR, *option_sources({"lr": "none"}), *set_sources(given)]).config
+    assert (config.data.limit, config.train.clip_norm, config.train.lr) == (None, None, None)
+    assert (config.train.milestones, config.train.epochs, config.seed) == ((5, 6), 10, 10)
+    hub = find_network("hf_hub:timm/resnet50.a1_in1k").name
+    assert hub == find_network("hf-hub:timm/resnet50.a1_in1k").name
 
 
 def test_a_hint_is_right_or_there_is_none() -> None:

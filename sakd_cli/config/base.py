@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -34,22 +35,33 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` and `on` are easily meant as something else; a list may be written as `1,2` and as `[1, 2]`."""
+        """YAML's `yes` and `on` are easily meant as something else; a list may be written `1,2`, `[1, 2]` and `(1, 2)`.
+
+        Where a key may be null, Python's None means that too.
+        """
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("no_bool", "is true or false where another value belongs")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise PydanticCustomError("too_large", "is a number of more than 63 bits")
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("no_text", "holds a character that no name may have")
-        return _as_list(value, annotation) if isinstance(value, str) else value
+        if isinstance(value, str) and value in ("None", "none", "null") and NoneType in get_args(annotation):
+            return None
+        if not isinstance(value, str):
+            return _not_too_large(value)
+        return _as_list(f"[{value[1:-1]}]" if re.fullmatch(r"\(.*,.*\)", value) else value, annotation)
 
     @field_validator("*", mode="after")
     @classmethod
     def _fits(cls, value: Any) -> Any:
-        if isinstance(value, float) and abs(value) > LARGEST:
-            raise PydanticCustomError("too_large", "is a number beyond 3.4e38, the largest of 32 bits")
-        return value
+        return _not_too_large(value)
+
+
+def _not_too_large(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise PydanticCustomError("too_large", "is a number of more than 63 bits")
+    if isinstance(value, float) and LARGEST < abs(value) < math.inf:
+        raise PydanticCustomError("too_large", "is a number beyond 3.4e38, the largest of 32 bits")
+    return value
 
 
 def _as_list(text: str, annotation: Any) -> Any:

@@ -7,12 +7,13 @@ from sakd_cli.config.methods import METHODS
 
 # fmt: off
 _THEIRS = {
-    "method.name": "distill distiller.type loss kd_loss kd_method criterion distillation_type",
+    "method.name": "distill distiller.type loss kd_loss kd_method criterion distillation_type method.type",
     "method.kl_weight": "alpha a kd_weight lambda_kd distillation_alpha",
     "method.weight": "beta b feat_weight lambda",
     "method.ce_weight": "r gamma ce_weight",
     "method.temperature": "kd_t temp t temperature tau distillation_tau",
-    "router.tau": "tau",
+    "router.tau": "tau gumbel_tau",
+    "router.name": "router.type",
     "method.target": "dkd.alpha dkd_alpha",
     "method.others": "dkd.beta dkd_beta",
     "method.distance": "rkd.distance_weight",
@@ -25,28 +26,33 @@ _THEIRS = {
     "method.contrast_temperature": "nce_t nce.temperature",
     "method.warmup_epochs": "init_epochs ab.warmup fsp.warmup ft.warmup",
     "method.weight_warmup": "dkd.warmup method.warmup loss_warmup",
-    "student": "model model_s distiller.student student_model student_arch s_model",
-    "student_weights": "student_ckpt student_path student_pretrained pretrained initial_checkpoint",
+    "student": "model model_s distiller.student student_model student_arch s_model student_model.name "
+        "student_model.key student.name student.model student.arch",
+    "student_weights": "student_ckpt student_path student_pretrained student.pretrained student.weights "
+        "pretrained initial_checkpoint",
     "init_from": "pretrained initial_checkpoint ckpt checkpoint weights finetune_from",
     "teacher.source": "path_t model_t distiller.teacher teacher_model teacher_arch teacher_path teacher_ckpt "
-        "teacher_checkpoint t_model model_teacher",
+        "teacher_checkpoint t_model model_teacher teacher_model.name "
+        "teacher_model.key teacher.name teacher.model teacher.arch teacher.path teacher.checkpoint teacher.ckpt",
+    "teacher.weights": "teacher.pretrained",
     "train.epochs": "solver.epochs max_epochs n_epochs num_epochs num_train_epochs e",
     "train.batch_size": "solver.batch_size batch bs b per_device_train_batch_size train_batch_size",
-    "train.lr": "learning_rate solver.lr lr0 base_lr",
+    "train.lr": "learning_rate solver.lr lr0 base_lr optimizer.lr kwargs.lr",
     "train.milestones": "lr_decay_epochs lr_decay_stages lr_milestones decay_milestones lr_step_size decay_epochs "
         "step_size",
     "train.lr_decay": "lr_decay_rate lr_gamma decay_rate gamma",
-    "train.momentum": "solver.momentum",
-    "train.weight_decay": "solver.weight_decay wd",
+    "train.momentum": "solver.momentum optimizer.momentum",
+    "train.weight_decay": "solver.weight_decay wd optimizer.weight_decay",
     "data.name": "dataset.type",
-    "data.root": "data_path data_dir dataroot",
+    "data.root": "data_path data_dir dataroot data.path data.dir",
     "data.workers": "num_workers dataloader_num_workers j",
     "data.resize": "img_size image_size imgsz input_size",
     "data.balance": "sampler balanced_sampling weighted_sampler class_balanced oversample",
     "train.class_weights": "class_weight cls_weights loss_weights",
     "train.focal_gamma": "focal focal_loss fl_gamma",
-    "train.optimizer": "opt optim optimiser solver.type",
-    "train.schedule": "sched lr_scheduler scheduler lr_scheduler_type",
+    "train.optimizer": "opt optim optimiser solver.type optimizer.type optimizer.name",
+    "train.schedule": "sched lr_scheduler scheduler lr_scheduler_type scheduler.type scheduler.name "
+        "lr_scheduler.type lr_scheduler.name",
     "train.warmup_epochs": "lr_warmup_epochs train.warmup warmup warmup_t warmup_steps warmup_ratio",
     "train.betas": "opt_betas",
     "train.min_lr": "lr_min eta_min lrf",
@@ -69,6 +75,8 @@ _THEIRS = {
     "data.erase": "reprob random_erase random_erasing",
     "data.randaugment": "ra_magnitude",
     "data.flip": "hflip fliplr",
+    "data.validation": "val_split val_fraction val_ratio validation_split val_size",
+    "log": "wandb tensorboard wandb.project wandb.enabled use_wandb",
     "data.limit": "max_train_samples subset fraction num_samples",
     "runtime.sync_batchnorm": "sync_bn",
     "runtime.compile": "torchcompile torch_compile",
@@ -81,7 +89,22 @@ _THEIRS = {
     "save_every": "save_freq save_steps save_period save_interval",
     "runs_dir": "output_dir output save_dir out_dir project",
 }
+# Values of a key, by what they are called elsewhere (in small letters, without hyphens and underscores).
+_VALUES = {
+    "train.schedule": {
+        "cosine": "cosineannealing cosineannealinglr cos warmupcosine", "step": "multistep multisteplr steplr",
+        "one-cycle": "onecyclelr 1cycle", "constant": "constantlr constantwithwarmup none",
+    },
+    "train.metric": {"top1": "accuracy acc valacc", "nll": "loss valloss", "macro_f1": "f1 f1score f1macro"},
+    "runtime.precision": {
+        "bf16": "fp16 16 half amp mixed bfloat16 float16 bf16mixed 16mixed", "fp32": "32 float32 full no none",
+    },
+    "data.balance": {"balanced": "weighted weightedrandomsampler true"},
+}
 # fmt: on
+VALUES = {
+    key: {name: value for value, names in table.items() for name in names.split()} for key, table in _VALUES.items()
+}
 FOREIGN = dict[str, list[str]]()
 for _key, _names in _THEIRS.items():
     for _name in _names.split():

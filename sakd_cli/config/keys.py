@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from sakd_cli.config.base import Config, description, of_file, own_name, summary, written
 from sakd_cli.config.datasets import DATASETS
-from sakd_cli.config.foreign import ours
+from sakd_cli.config.foreign import VALUES, ours, theirs
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.plugins import usable
@@ -30,6 +30,9 @@ _PLAIN = {
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "path_type": "must be a path",
+    "model_type": "must be a section of keys",
 }
 
 
@@ -81,13 +84,13 @@ def explain(key: str) -> list[KeyMeaning]:
     if not places:
         known = sorted({name for task in TASKS for name in keys_of(task)})
         near = [name for name in known if key.lower() in (name, name.rpartition(".")[2])]
-        theirs = None if near else ours(key)
+        foreign = None if near else ours(key)
         near = near or difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.6)
         section = key.partition(".")[0]
         hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else "sakd guide settings"
         if section in ("router", "method"):
             hint += f"; of your own file: sakd show {section} FILE.py:CLASS"
-        raise UsageError(f"unknown key {key!r}", hint=f"here it is {theirs!r}" if theirs else hint)
+        raise UsageError(f"unknown key {key!r}", hint=f"here it is {foreign!r}" if foreign else hint)
     rows = []
     for kind, tasks in places.items():
         field, name = kind.model_fields[leaf := key.rpartition(".")[2]], kind.model_fields.get("name")
@@ -122,28 +125,42 @@ def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], or
     errors = error.errors()
     place = _place(task, errors[0])
     # Of the branches of a union, the one that looked deepest.
-    same = [one for one in errors if _place(task, one)[: len(place)] == place]
+    places = [_place(task, one) for one in errors]
+    same = [one for one, at in zip(errors, places, strict=True) if at[: len(place)] == place[: len(at)]]
     first = max(same, key=lambda one: len(_place(task, one)))
     place = _place(task, first)
     key = ".".join(place)
-    if first["type"] == "missing":
+    if first["type"] == "missing" and not place[-1].isdigit():
         flags = [row.flag for row in OPTIONS.values() if row.key and key in (row.key, row.key.split(".")[0])]
         what = "the name of a network" if key == "model" else flags[0] if flags else f"--set {key}=..."
         return UsageError(f"{key}: missing", hint=f"give {what}, or a preset that has it: sakd list presets")
-    if first["type"] == "extra_forbidden":
-        text = _unknown_key(task, place, values)
-    elif first["type"] == "literal_error" and isinstance(first["input"], str):
-        text = f"{key}: {unknown('value', first['input'], [word for one in same for word in _words(one)])}"
-    else:
-        text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
-        text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
-        if isinstance(first["input"], str | int | float) and "unknown" not in text:
-            text += f", got {_short(first['input'])}"
+    text = _unknown_key(task, place, values) if first["type"] == "extra_forbidden" else _wrong_value(place, first, same)
     named = f"{key}.{first['msg'].removeprefix('Value error, ').partition(' ')[0]}"  # of a section, what it speaks of
     origin = _origin_of(named if named in origins else key, origins)
     where = f" (from {origin})" if origin else ""
     more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
     return UsageError(text + where + more)
+
+
+def _wrong_value(place: list[str], first: ErrorDetails, same: list[ErrorDetails]) -> str:
+    """What is wrong with the value at this place: the first of the complaints of all branches of a union."""
+    key, value = ".".join(place), first["input"]
+    if first["type"] == "missing":
+        return f"{'.'.join(place[:-1])}: has too few values, got {written(value)}"
+    if first["type"] == "literal_error" and isinstance(value, str):
+        if meant := VALUES.get(key, {}).get(re.sub("[-_ ]", "", value).lower()):
+            return f"{key}: unknown value {value!r}; here it is {meant!r}"
+        words = [word for one in same for word in _words(one)]
+        words += ["true", "false"] * any(one["type"] == "bool_parsing" for one in same)
+        return f"{key}: {unknown('value', value, words)}"
+    if first["type"] == "string_type" and isinstance(value, dict):
+        inner = ".".join([*place, *_deepest(value, [])])
+        foreign = ours(inner)
+        return f"{key}: is one value, not a section; " + (f"{inner!r} is {foreign!r} here" if foreign else f"{key}=...")
+    text = f"{key}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}"
+    text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
+    given = isinstance(value, str | int | float) and "unknown" not in text
+    return f"{text}, got {_short(value)}" if given else text
 
 
 def _place(task: str, error: ErrorDetails) -> list[str]:
@@ -177,8 +194,10 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
         return f"{key}: belongs to another {place[0]}: {', '.join(map(str, others))}"
     method = place[-2] if len(place) > 2 else chosen
     full = ".".join(values_path) if (values_path := _deepest(values, place)) else key
-    if foreign := ours(full, own_name(method, METHODS) or ""):
-        return f"unknown key {full!r}; here it is {foreign!r}"
+    if same := next((name for name in known if _letters(name) == _letters(full)), None):
+        return f"unknown key {full!r}; did you mean {same!r}?"
+    if foreign := [name for name in theirs(full, own_name(method, METHODS) or "") if name in known]:
+        return f"unknown key {full!r}; here it is {foreign[0]!r}"
     section = key.rpartition(".")[0]
     if len(place) > 2 and place[-2] in METHODS:  # a part of a composed method
         known = [*known, *(f"{section}.{name}" for name in METHODS[place[-2]].model_fields)]
@@ -190,6 +209,11 @@ def _unknown_key(task: str, place: list[str], values: Mapping[str, Any]) -> str:
     meant = [*(name for name in known if name.partition(".")[2] == leaf), *near]
     meant += [leaf] * (leaf in known)
     return f"unknown key {key!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+
+
+def _letters(key: str) -> str:
+    """Of `train.lr`, `TRAIN.LR`, `train_lr` and `+train.lr` the same."""
+    return re.sub("[^a-z0-9]", "", key.lower())
 
 
 def _deepest(values: Mapping[str, Any], place: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ network is checked where it is built.
 """
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, NamedTuple
 
 from sakd_cli.config import plugins
@@ -107,8 +108,9 @@ def brought(name: str) -> Network | None:
     if (of_library := re.fullmatch(r"(torchvision|timm)/(([A-Za-z]+)[\w.]*)", name)) is not None:
         family, entry, line = of_library.groups()
         return Network(name, family, {"entry": entry}, 0.01, line=line)
-    if of_hub := re.fullmatch(r"(?:timm/)?(hf-hub:[\w.-]+/([A-Za-z]*)[\w.-]*(?:@[\w.-]+)?)", name):
-        return Network(f"timm/{of_hub[1]}", "timm", {"entry": of_hub[1]}, 0.01, line=of_hub[2])
+    if of_hub := re.fullmatch(r"(?:timm/)?hf[-_]hub:([\w.-]+/([A-Za-z]*)[\w.-]*(?:@[\w.-]+)?)", name):
+        entry = f"hf-hub:{of_hub[1]}"
+        return Network(f"timm/{entry}", "timm", {"entry": entry}, 0.01, line=of_hub[2])
     name = in_place(name)
     if of_file(name) or re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", name):
         return Network(name, "factory", {"entry": name}, 0.01, line=name)
@@ -167,7 +169,21 @@ def find_network(name: str) -> Network:
         )
     if (known := _SPELLINGS.get(_spelling(name))) is not None:
         return NETWORKS[known]
-    raise UsageError(unknown("model", name, all_names()), hint="sakd list models shows them all")
+    raise UsageError(_unknown(name), hint="sakd list models shows them all")
+
+
+def _unknown(name: str) -> str:
+    """What to say of a name of no network: one of nearly that name here, or where a library would have it."""
+    if re.search(r"\.(pth?|ckpt|bin|safetensors|tar)$", name):
+        return f"unknown model {name!r}: it is a file of weights; sakd import-weights brings it in"
+    if name in RELEASES:
+        return f"unknown model {name!r}; its network is {RELEASES[name].network!r}"
+    if get_close_matches(name.lower(), map(str.lower, all_names()), n=1, cutoff=0.82):
+        return unknown("model", name, all_names())
+    if "/" in name:
+        return f"unknown model {name!r}; timm/NAME, torchvision/NAME, or timm's of the Hugging Face hub: hf-hub:{name}"
+    bare = re.sub(r"^((torchvision|timm|models)[.:])+", "", name)
+    return f"unknown model {name!r}; of a library: torchvision/{bare}, timm/{bare}"
 
 
 def of_one_family(name: str, other: str) -> bool:

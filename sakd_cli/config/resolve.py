@@ -193,7 +193,9 @@ def file_source(path: Path, origin: str) -> ConfigSource:
     try:
         values = parse_yaml(read_bytes(path, MOST_YAML).decode())
     except OSError as error:
-        raise UsageError(f"{path}: {unreadable(error)}") from None
+        raise UsageError(
+            f"{path}: {unreadable(error)}", f"--preset {path}" if str(path) in presets() else None
+        ) from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except yaml.YAMLError as error:
@@ -247,6 +249,7 @@ def _merge(below: dict[str, Any], source: ConfigSource, origins: dict[str, str])
             merged[key] = value
             origins[key] = source.origin
             continue
+        origins.pop(key, None)
         section = dict(merged[key]) if isinstance(merged.get(key), dict) else {}
         if key in TABLES and isinstance(value.get(primary), str):
             value = value | {primary: own_name(value[primary], TABLES[key]) or value[primary]}

@@ -83,10 +83,17 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
     return once(names)
 
 
+def _two(pair: Any) -> Any:
+    """Teacher and student of `teacher:student`."""
+    if isinstance(pair, str) and ":" not in pair:
+        raise ValueError("is not of the form TEACHER:STUDENT")
+    return tuple(pair.rsplit(":", 1)) if isinstance(pair, str) else pair
+
+
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 Pair = Annotated[
     tuple[Annotated[str, read_by(_teacher)], NetworkName],
-    BeforeValidator(lambda value: tuple(value.rsplit(":", 1)) if isinstance(value, str) else value),
+    BeforeValidator(_two),
 ]
 Section = dict[str, Any]
 # What a sweep has a field for.

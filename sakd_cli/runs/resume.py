@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.code import trust
-from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config, DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, differences, idle, listed
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
@@ -248,7 +248,7 @@ def _check_folder(data: DataConfig) -> None:
     root = data.root
     if root is not None and isinstance(data, FilesConfig) and not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name an unpacked folder")
-    if root is None or not data.name.startswith("cifar") or any(root.glob("cifar-*")):
+    if root is None or not isinstance(data, CIFAR10Config | CIFAR100Config) or any(root.glob("cifar-*")):
         return
     endings = (".jpg", ".jpeg", ".png")
     if any(file.suffix.lower() in endings for depth in ("*/*", "train/*/*") for file in root.glob(depth)):
