@@ -149,7 +149,7 @@ def pretrain_teacher(model: str | None = None, **options: Any) -> RunResult | Pl
     """
     found = _trained("pretrain", {"model": model, **options})
     assert not isinstance(found, list)
-    return found if isinstance(found, Plan) else RunResult(Path(str(found.run)), found)
+    return found if isinstance(found, Plan) else RunResult(found.folder, found)
 
 
 @overload
@@ -169,7 +169,7 @@ def distill(**options: Any) -> RunResult | Comparison | Plan:
     found = _trained("distill", options)
     if isinstance(found, list):
         return compare_runs(found, options.get("baseline"))
-    return found if isinstance(found, Plan) else RunResult(Path(str(found.run)), found)
+    return found if isinstance(found, Plan) else RunResult(found.folder, found)
 
 
 def prepare(**options: Unpack[DistillOptions]) -> "Job":

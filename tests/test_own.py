@@ -181,6 +181,21 @@ def test_loss_network_and_data_of_a_file(place: CliRunner) -> None:
     assert place.sakd("inspect-spots", run, "--live", "--json").code == 0
 
 
+def test_data_of_a_file_is_checked_and_swept_where_it_is_named(place: CliRunner) -> None:
+    assert place.sakd("data", "check", "my.py:stripes", "--json").document["parts"][0]["images"] == 60
+    grid = "{task: sweep, pairs: [[resnet8, resnet8]], methods: [kd], common: {data: {name: 'my.py:stripes'}}}"
+    (place.path / "own.yaml").write_text(grid)
+    assert place.sakd("sweep", "own.yaml", "--dry-run", "--measure", "0", "--json", "-q").document["runs"] > 1
+
+
+def test_a_data_set_that_is_called_like_one_of_ours_may_be_pictures(place: CliRunner) -> None:
+    (place.path / "cifar_mine.py").write_text(MINE)
+    (place.path / "pictures/cat").mkdir(parents=True)
+    (place.path / "pictures/cat/1.png").touch()
+    words = ["--dataset", "cifar_mine.py:stripes", "--data-root", "pictures", "--dry-run", "-q"]
+    assert place.sakd("pretrain-teacher", "resnet8", *words).code == 0
+
+
 @pytest.mark.parametrize(("kind", "content", "code", "told"), WRONG, ids=[f"{w[0]}-{k}" for k, w in enumerate(WRONG)])
 def test_what_is_wrong_with_a_file_is_one_line_with_its_place(
     place: CliRunner, kind: str, content: str, code: int, told: str

@@ -214,7 +214,8 @@ def _step(setup: Setup, step: Step, times: Times, peaks: dict[str, int]) -> doc.
 
 def reported(ratios: Sequence[doc.TimedRatio]) -> doc.ReportedRatio:
     """The published step over ours (without one, plain distillation over ours), or why it is none."""
-    (ratio,) = [one for one in ratios if one.above == "literal"] or ratios[1:2]
+    known = {ratio.above: ratio for ratio in ratios}
+    ratio = known.get("literal") or known["kd"]
     reason = None
     if ratio.busy > BUSY:
         reason = f"wall time is {ratio.busy:.1f} times CPU time: the machine was busy"

@@ -11,10 +11,10 @@ import torch
 
 from sakd_cli.bench import measure
 from sakd_cli.bench.measure import timed
-from sakd_cli.bench.steps import Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
+from sakd_cli.bench.steps import OURS, Setup, Step, adaptive, calibrated_networks, load_peer_step, plain_distillation
 from sakd_cli.config.networks import find_network
 from sakd_cli.config.sweep import is_path
-from sakd_cli.distillers.table import DISTILLERS
+from sakd_cli.distillers.table import DISTILLERS, every_map, every_map_and_pooled
 from sakd_cli.documents.bench import Bench, Scaling, ScalingPoint
 from sakd_cli.engine.graphs import WARMUP as CALLED
 from sakd_cli.errors import UsageError, unknown
@@ -36,8 +36,7 @@ def _bank(setup: Setup) -> Points:
 
 def _spots(setup: Setup) -> Points:
     maps = align_stages(*calibrated_networks(setup))
-    entry = DISTILLERS[setup.config.method.name]
-    if entry.places not in _SPOT_PER_MAP:
+    if DISTILLERS[setup.config.method.name].places not in (every_map, every_map_and_pooled):
         raise UsageError(f"--scaling spots: method {setup.config.method.name} has spots of a fixed number; at has not")
     return [(k, _with(setup, stage_map=tuple(maps[:k]))) for k in range(1, len(maps) + 1)]
 
@@ -68,7 +67,6 @@ AXES: dict[str, Callable[[Setup], Points]] = {
     "depth": _depth,
     "runs": lambda setup: [(n, setup) for n in (1, 2, 4)],
 }
-_SPOT_PER_MAP = {entry.places for entry in DISTILLERS.own.values() if entry.places.__name__.startswith("every_map")}
 
 
 def _with(setup: Setup, **settings: Any) -> Setup:
@@ -84,8 +82,8 @@ def scaled(axis: str, points: Points, rounds: int, say: Callable[[str], None]) -
             found.append(ScalingPoint(value=value, ms=_at_once(setup, value, rounds)))
             continue
         times, _ = timed(setup, [plain_distillation(setup), adaptive(setup)], rounds)
-        ratio = times.ratio("adaptive", "kd")
-        ms = {"ms": times.milliseconds("adaptive"), "kd_ms": times.milliseconds("kd")}
+        ratio = times.ratio(OURS, "kd")
+        ms = {"ms": times.milliseconds(OURS), "kd_ms": times.milliseconds("kd")}
         known = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
         found.append(ScalingPoint(value=value, stable=ratio.stable, **ms, **known))
     return Scaling(axis=axis, points=found)

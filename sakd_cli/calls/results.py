@@ -6,6 +6,7 @@ from typing import Any, Unpack, overload
 
 from sakd_cli.calls import options as typed
 from sakd_cli.calls.options import EvaluateOptions, Place, apart, params_of, place_of, reporter_of
+from sakd_cli.config import code
 from sakd_cli.config.base import own_row
 from sakd_cli.config.datasets import DATASETS, ImageFolderConfig
 from sakd_cli.config.resolve import ConfigSource, config_sources, nested, resolve
@@ -167,6 +168,7 @@ def check_data(what: Place, **options: Unpack[typed.CheckOptions]) -> DataCheck:
     """
     params, reporter = params_of("data-check", options), reporter_of(options)
     name, there = str(what), place_of("what", what).exists()
+    code.trust(*code.own_names([name]))
     row = name if name in DATASETS else None if there else own_row(name, DATASETS)
     name = name if row and row.endswith("/NAME") else row or ""
     settings = {"data.name": name or ImageFolderConfig().name, "data.root": params["data_root"]}

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -94,7 +93,7 @@ def _show_plan(plan: Plan) -> None:
 def _show_summary(found: Summary) -> None:
     show(summary_table(found))
     if found.teacher:
-        show(*spot_tables(spots_document(RunDir(Path(str(found.run)))), top=3))
+        show(*spot_tables(spots_document(RunDir(found.folder)), top=3))
     if found.ensemble:
         show(ensemble_summary(found.ensemble))
     show(f"run: {found.run}")

@@ -3,6 +3,7 @@
 Accuracies are in percent, losses mean cross-entropies in nats, times in seconds; what is not known is null.
 """
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -173,6 +174,11 @@ class Summary(Document):
     classes: list[ClassBalance] = Field(default_factory=list)
     logs: dict[str, LogEnd] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run's; only `summary.json` itself does not say it."""
+        return Path(str(self.run))
 
 
 class PlannedNetwork(Part):

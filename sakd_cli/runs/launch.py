@@ -335,7 +335,7 @@ class Launcher:
             if weights is None:
                 self.reporter.say(f"no finished {config.teacher.source} yet: training it first")
                 plan = find_matching_run(first.config) if self.resume else ResumePlan()
-                weights = RunDir(Path(str(self._launch(first, plan, self.resume_command).run))).deliverable
+                weights = RunDir(self._launch(first, plan, self.resume_command).folder).deliverable
         teacher = config.teacher.model_copy(update={"weights": weights})
         return config.model_copy(update={"teacher": teacher}), trial.images
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sakd_cli.config.code import trust
-from sakd_cli.config.datasets import DataConfig, FilesConfig
+from sakd_cli.config.datasets import CIFAR10Config, CIFAR100Config, DataConfig, FilesConfig
 from sakd_cli.config.identity import EXTENDED, FREE, HELD, MOVED, Difference, differences, idle, listed
 from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.resolve import ConfigSource, config_sources, flat, nested, resolve
@@ -17,7 +17,7 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runs.locate import runs_dir_of, with_teachers_preprocessing
+from sakd_cli.runs.locate import runs_dir_of, with_teachers_preprocessing, with_weights_of_run
 from sakd_cli.runs.own import trust_own
 from sakd_cli.writing import make_folder
 
@@ -130,7 +130,7 @@ def _planned(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
 
 def _resolved(task: str, given: list[ConfigSource]) -> Any:
     """The config of a new run."""
-    return with_teachers_preprocessing(*resolve(task, given))
+    return with_weights_of_run(with_teachers_preprocessing(*resolve(task, given)))
 
 
 def _at(folder: Path, task: str, given: list[ConfigSource]) -> tuple[Any, ResumePlan]:
@@ -248,7 +248,7 @@ def _check_folder(data: DataConfig) -> None:
     root = data.root
     if root is not None and isinstance(data, FilesConfig) and not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}", "name an unpacked folder")
-    if root is None or not data.name.startswith("cifar") or any(root.glob("cifar-*")):
+    if root is None or not isinstance(data, CIFAR10Config | CIFAR100Config) or any(root.glob("cifar-*")):
         return
     endings = (".jpg", ".jpeg", ".png")
     if any(file.suffix.lower() in endings for depth in ("*/*", "train/*/*") for file in root.glob(depth)):

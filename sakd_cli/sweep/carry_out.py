@@ -8,7 +8,7 @@ from typing import Any
 from sakd_cli.config import code
 from sakd_cli.config.base import choose
 from sakd_cli.config.grid import Grid, Member, Role, grid
-from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, parse_assignment, presets, resolve
+from sakd_cli.config.resolve import ConfigSource, config_sources, file_source, flat, parse_assignment, presets, resolve
 from sakd_cli.config.sweep import SweepConfig
 from sakd_cli.config.training import DistillConfig, RunConfig
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan, SweepRun
@@ -43,7 +43,7 @@ def read_sweep(
     if not path.exists() and (path.stem in presets() or path.name == path.stem == str(file)):
         path = presets()[choose("preset", path.stem, presets(), "sakd list presets, or a YAML file of your own")]
     layer = ConfigSource("settings", dict(file)) if isinstance(file, Mapping) else file_source(path, str(file))
-    code.trust(*code.own_names(layer.values.values()))
+    code.trust(*code.own_names(flat(layer.values).values()))
     if layer.values.get("task") != SWEEP:
         raise UsageError(f"{file}: is no sweep, its task is {layer.values.get('task')!r}", "it begins with task: sweep")
     part = {"methods": "methods", "pairs": "pairs", "routers": "some_routers", "seeds": "seed_count"}

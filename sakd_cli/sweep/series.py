@@ -133,7 +133,7 @@ def train_command(
             reporter.say(f"runs of the series: {len(configs)}; the first is tried")
             config, several = configs[0], False
         if plan.finished and not several:
-            draw_mixtures(RunDir(Path(str(plan.summary.run))), reporter.say)
+            draw_mixtures(RunDir(plan.summary.folder), reporter.say)
             return plan.summary
         if plan.resume is not None and not several and is_console_process() and plan.resume.in_use:
             with plan.resume.locked():  # which says who is in: before what takes long
@@ -146,7 +146,7 @@ def train_command(
 
         def train(config: RunConfig, plan: ResumePlan) -> Summary:
             summary = launcher.train(config, plan, again if several else one)
-            draw_mixtures(RunDir(Path(str(summary.run))), reporter.say)
+            draw_mixtures(RunDir(summary.folder), reporter.say)
             return summary
 
         with as_in_new_process(), code.as_usage_errors():
