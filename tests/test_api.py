@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 from inspect import signature
@@ -10,6 +11,7 @@ from typing import Any, get_overloads, get_type_hints
 from unittest import mock
 
 import pytest
+import torch
 from conftest import SHAPES, CliRunner
 from PIL import Image
 from torch import nn
@@ -156,8 +158,40 @@ def test_mistakes_are_errors_of_ours(teacher: Path) -> None:
             api.pretrain_teacher("resnet8", **wrong)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="prepare: builds one new run, so it cannot have resume"):
         api.prepare(resume="auto")
+    for call, options, text in (
+        (api.distill, {"alpha": 0.5}, r"alpha \(settings={'method.kl_weight': ...}\)"),
+        (api.pretrain_teacher, {"learning_rate": 1, "set": {}}, r"learning_rate \(lr=\), set \(settings={'train.lr'"),
+        (api.evaluate, {"batch": 1}, r"batch \(batch_size=\)"),
+    ):
+        with pytest.raises(TypeError, match=f"unknown option: {text}"):
+            call(**options)
+    for wrong, text in (
+        ({"config": {"train": 1}}, r"--config: must be a path, got {'train': 1}"),
+        ({"trust": True}, "trust: must be names such as my.py:Hard, got True"),
+        ({"dry_run": "yes"}, "--dry-run: must be True or False, got 'yes'"),
+        ({"seed": [1]}, "seed: must be a whole number"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            api.pretrain_teacher("resnet8", **wrong)
+    with pytest.raises(UsageError) as told:
+        api.predict(teacher, torch.zeros(3, 32, 32))  # type: ignore[arg-type]
+    assert re.fullmatch(r"pictures: must be a path, got tensor[^\n]{54}\.\.\.", told.value.message)
+    with pytest.raises(UsageError, match="predict: which pictures"):
+        api.predict(teacher)
     with pytest.raises(AttributeError, match="nothing"):
         api.nothing  # noqa: B018
+
+
+def test_what_stands_for_a_name_or_a_path_is_taken_as_such(teacher: Path) -> None:
+    """A mapping with a name, a device, a path in settings, and an entry of a list of runs."""
+    shapes: dict[str, Any] = {"dataset": {"name": "shapes"} | {key[5:]: value for key, value in FEW.items()}}
+    shapes |= {"teacher": teacher, "student": "resnet8", "epochs": 1, "dry_run": True}
+    settings = {"router.run": teacher, "device": torch.device("cpu")}
+    with pytest.raises(UsageError, match=f"{teacher.name} has no usable record"):  # found, and no distillation
+        api.distill(router="random-matched", settings=settings, **shapes)
+    api.distill(method={"name": "kd", "temperature": 3}, device=torch.device("cpu"), **shapes)
+    entry = next(row for row in api.runs(runs_dir=teacher.parent).rows if row.run == str(teacher))
+    assert Path(entry) == teacher
 
 
 @pytest.mark.parametrize("command", [*CALLS])

@@ -102,6 +102,8 @@ def test_a_series_goes_on_with_the_teacher_it_began_with(
     shutil.copytree(teacher, folder / "20300101-000000-pretrain-newer")
     again = trained_cli.sakd(*arguments, "--resume", "auto").document
     assert (again["run"], again["teacher"]["path"]) == (first["run"], first["teacher"]["path"])
+    named = [*arguments, "--teacher-weights", str(teacher), "--resume", "auto"]  # by its run, not by the file in it
+    assert trained_cli.sakd(*named).document["run"] == trained_cli.sakd(*named).document["run"] != first["run"]
 
 
 def test_all_routers_are_one_word_and_coins_are_matched_within_a_seed(

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sakd_cli.config import code
+from sakd_cli.config.hints import option_hint
 from sakd_cli.config.options import FILE, FLAG, TEXTS, Option, options_of
 from sakd_cli.engine.reporter import NullReporter, Reporter
 from sakd_cli.errors import UsageError
@@ -174,6 +176,8 @@ class SpotOptions(_Common, _Inputs, total=False):
     samples: Place
 
 
+# Keywords that a call does not have, and what to write instead.
+OF_TERMINALS = {"verbose": "a call prints nothing", "set": "settings={'train.lr': 0.1}"}
 # Options that name what may be an object.
 NAMED = {"model", "network", "teacher", "student", "student_friendly", "method", "router", "routers", "dataset"}
 NAMED |= {"methods", "pairs", "some_routers"}
@@ -201,14 +205,32 @@ def reporter_of(options: Mapping[str, Any]) -> Reporter:
 
 def place_of(what: str, value: Any) -> Path:
     """A path. Raises UsageError for what is none; `what`: its name in the call."""
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"{what}: must be a path, got {value!r}")
-    return Path(value)
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    hint = "settings={...} takes a mapping" if isinstance(value, Mapping) and what == "--config" else None
+    several = isinstance(value, list | tuple) and not what.startswith("--")
+    raise UsageError(f"{what}: must be a path, got {short(value)}", "one after the other: f(a, b)" if several else hint)
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it, on one line; of an array or a network the beginning."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _plain_setting(value: Any) -> Any:
+    """Paths, runs, devices and the numbers of numpy and torch as a settings file has them; also in mappings."""
+    if isinstance(value, Mapping):
+        return {key: _plain_setting(one) for key, one in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if type(value).__module__ == "torch" and type(value).__name__ == "device" else value
 
 
 def _read(row: Option, value: Any) -> Any:
     """What typer makes of the value of an option, or UsageError; the config reads all that has a key."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and lists of them
     if value is None or row.type == TEXTS or (row.key and row.type != FILE):
         return value
     if row.type == FILE:
@@ -217,14 +239,15 @@ def _read(row: Option, value: Any) -> Any:
         several = isinstance(value, list | tuple) and "..." in (row.metavar or "")
         for one in value if several else [value]:
             if isinstance(one, bool) or not isinstance(one, str | int | float | Path):
-                raise UsageError(f"{row.flag}: must be text, got {value!r}")
+                raise UsageError(f"{row.flag}: must be text, got {short(value)}")
         return [*map(str, value)] if several else str(value)
     kind: Any = Annotated[row.type, Field(ge=row.least)] if row.least is not None else row.type
     try:
         return TypeAdapter[Any](kind).validate_python(value, strict=row.type == FLAG)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise UsageError(f"{row.flag}: {reason}, got {value!r}") from None
+        reason = error.errors()[0]["msg"].replace("Input should be", "must be").partition(", unable to parse")[0]
+        reason = reason.replace("a valid boolean", "True or False").replace("a valid integer", "a whole number")
+        raise UsageError(f"{row.flag}: {reason}, got {short(value)}") from None
 
 
 def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,17 +258,20 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     rows = options_of(command)
     names = {row.flag.removeprefix("--").replace("-", "_"): name for name, row in rows.items()}
     names |= {name: name for name in (*rows, "settings", "reporter", "trust")}
+    names = {name: row for name, row in names.items() if name not in OF_TERMINALS}
     if wrong := options.keys() - names.keys():
-        raise TypeError(f"unknown option: {', '.join(sorted(wrong))}")
+        raise TypeError(f"unknown option: {', '.join(_with_hint(name, command) for name in sorted(wrong))}")
     settings, reporter = options.get("settings") or {}, options.get("reporter")
     if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
         raise UsageError(f"settings: must be a mapping of dotted keys, such as {{'train.lr': 0.1}}, got {settings!r}")
     if reporter is not None and (isinstance(reporter, type) or not isinstance(reporter, Reporter)):
         raise UsageError("reporter: must be an object whose class is a subclass of sakd_cli.api.Reporter")
     trusted = options.get("trust") or ()
-    code.trust(*([trusted] if isinstance(trusted, str) else trusted))
-    given = {names[name]: value for name, value in options.items() if value is not None}
-    given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
+    trusted = [trusted] if isinstance(trusted, str) else trusted
+    if not isinstance(trusted, Sequence) or not all(isinstance(name, str) for name in trusted):
+        raise UsageError(f"trust: must be names such as my.py:Hard, got {short(trusted)}")
+    code.trust(*trusted)
+    given = {names[name]: _plain_setting(value) for name, value in options.items() if value is not None}
     given = {name: plain_of(value) if name in NAMED else value for name, value in given.items()}
     given |= {name: _read(rows[name], value) for name, value in given.items() if name in rows}
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -253,6 +279,16 @@ def params_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     paths = {name: Path(params[name]) for name in of_paths if params.get(name) is not None}
     defaults = {name: None if row.default is ... else row.default for name, row in rows.items()}
     return defaults | params | paths
+
+
+def _with_hint(name: str, command: str) -> str:
+    """An unknown keyword, and what to write instead where that is known."""
+    flag = f"--{name}"
+    hint = OF_TERMINALS.get(name) or option_hint(flag, command, [row.flag for row in options_of(command).values()])
+    for setting in re.findall(r"--set (\S+?)=(\S+)", hint or ""):
+        hint = str(hint).replace("--set {}={}".format(*setting), f"settings={{{setting[0]!r}: {setting[1]}}}")
+    hint = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_") + "=", hint or "")
+    return f"{name} ({hint})" if hint else name
 
 
 def plain_of(value: Any) -> Any:

@@ -97,6 +97,8 @@ def predict(network: Place, *pictures: Place, **options: Unpack[typed.PredictOpt
     What cannot be read is in the document (`failed`), and raises nothing.
     """
     params = params_of("predict", options)
+    if not pictures:
+        raise UsageError("predict: which pictures?", "predict(network, 'photos'): files, folders or patterns")
     sources = config_sources(params)
     weights, _ = locate.what_to_score(_path(network, sources), locate.runs_dir_of(sources))
     from sakd_cli.runs.predict import find_pictures

@@ -31,6 +31,9 @@ _PLAIN = {
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
     "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
     "path_type": "must be a path",
     "model_type": "must be a section of keys",
 }

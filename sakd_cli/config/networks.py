@@ -178,7 +178,8 @@ def _unknown(name: str) -> str:
         return f"unknown model {name!r}: it is a file of weights; sakd import-weights brings it in"
     if name in RELEASES:
         return f"unknown model {name!r}; its network is {RELEASES[name].network!r}"
-    if get_close_matches(name.lower(), map(str.lower, all_names()), n=1, cutoff=0.82):
+    own = name.endswith(".py") or name.startswith("python:")
+    if own or get_close_matches(name.lower(), map(str.lower, all_names()), n=1, cutoff=0.82):
         return unknown("model", name, all_names())
     if "/" in name:
         return f"unknown model {name!r}; timm/NAME, torchvision/NAME, or timm's of the Hugging Face hub: hf-hub:{name}"

@@ -134,10 +134,16 @@ def preset_summary(path: Path) -> str:
 
 def option_sources(options: Mapping[str, Any]) -> list[ConfigSource]:
     return [
-        ConfigSource(OPTIONS[name].flag, nested({OPTIONS[name].key: value}))
+        ConfigSource(OPTIONS[name].flag, nested({_key_of(name, value): value}))
         for name, value in options.items()
         if value is not None
     ]
+
+
+def _key_of(option: str, value: Any) -> str:
+    """The key that an option sets; of a mapping with a name, which a program may give, the section."""
+    key = OPTIONS[option].key
+    return key.removesuffix(".name") if isinstance(value, Mapping) else key
 
 
 def environment_sources(known: Iterable[str]) -> list[ConfigSource]:

@@ -40,6 +40,10 @@ class RunEntry(Part):
     changed: str
     settings: dict[str, Any] | None = None
 
+    def __fspath__(self) -> str:
+        """Its directory: an entry stands wherever a run does."""
+        return self.run
+
 
 class RunEntries(Document):
     """`sakd runs --json`: the runs of a folder; removed: those that `runs rm` has removed."""

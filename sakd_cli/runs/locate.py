@@ -15,7 +15,7 @@ from sakd_cli.config.resolve import ConfigSource, config_sources, resolve
 from sakd_cli.config.routers import RandomMatchedConfig
 from sakd_cli.config.sweep import is_path
 from sakd_cli.config.training import DistillConfig, EvalConfig
-from sakd_cli.errors import DataError, UsageError
+from sakd_cli.errors import DataError, SakdError, UsageError
 from sakd_cli.files import card_settings, expanded, folder_of, resolved, sha256, weights_file
 from sakd_cli.rundir import RunDir, newest_run
 from sakd_cli.runs.own import trust_own
@@ -86,6 +86,17 @@ def weights_at(source: Path | str, key: str, hint: str | None = None) -> Path:
     if path.exists():
         return path
     raise UsageError(f"{key}: {source}: no such file or directory", hint)
+
+
+def with_weights_of_run(config: Any) -> Any:
+    """Settings whose teacher's weights are the network itself where a run directory was named: as the run notes it."""
+    if not isinstance(config, DistillConfig) or not isinstance(named := config.teacher.weights, Path):
+        return config
+    try:
+        weights = weights_at(named, "teacher.weights")
+    except SakdError:  # it is told where the inputs are located
+        return config
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": weights})})
 
 
 def _means_path(source: str) -> bool:

@@ -17,7 +17,7 @@ from sakd_cli.documents.training import Summary
 from sakd_cli.errors import CheckpointError, DataError, DiskError, UsageError
 from sakd_cli.files import expanded, nearest_folder, sha256
 from sakd_cli.rundir import IMAGES, RunDir, all_runs, look_up, runs_like
-from sakd_cli.runs.locate import runs_dir_of, with_teachers_preprocessing
+from sakd_cli.runs.locate import runs_dir_of, with_teachers_preprocessing, with_weights_of_run
 from sakd_cli.runs.own import trust_own
 from sakd_cli.writing import make_folder
 
@@ -130,7 +130,7 @@ def _planned(task: str, params: Mapping[str, Any]) -> tuple[Any, ResumePlan]:
 
 def _resolved(task: str, given: list[ConfigSource]) -> Any:
     """The config of a new run."""
-    return with_teachers_preprocessing(*resolve(task, given))
+    return with_weights_of_run(with_teachers_preprocessing(*resolve(task, given)))
 
 
 def _at(folder: Path, task: str, given: list[ConfigSource]) -> tuple[Any, ResumePlan]:
