@@ -183,7 +183,8 @@ def test_loss_network_and_data_of_a_file(place: CliRunner) -> None:
 
 def test_data_of_a_file_is_checked_and_swept_where_it_is_named(place: CliRunner) -> None:
     assert place.sakd("data", "check", "my.py:stripes", "--json").document["parts"][0]["images"] == 60
-    grid = "{task: sweep, pairs: [[resnet8, resnet8]], methods: [kd], common: {data: {name: 'my.py:stripes'}}}"
+    grid = "task: sweep\npairs: [[resnet8, resnet8]]\nmethods: [kd]\nrouters: ['my.py:Hard']\n"
+    grid += "common: {data: {name: 'my.py:stripes'}}\noverrides: {'my.py:Hard': {router: {share: 0.9}}}\n"
     (place.path / "own.yaml").write_text(grid)
     assert place.sakd("sweep", "own.yaml", "--dry-run", "--measure", "0", "--json", "-q").document["runs"] > 1
 

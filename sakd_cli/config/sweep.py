@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from sakd_cli.config.base import Config, choose, once, read_by, written
+from sakd_cli.config.base import Config, choose, of_file, once, read_by, written
 from sakd_cli.config.method import AUTO
 from sakd_cli.config.methods import METHODS
 from sakd_cli.config.networks import NetworkName, brought, find_trainable
@@ -38,7 +38,7 @@ def _named(overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _own_name(name: str) -> str:
     teacher, colon, student = name.rpartition(":")
-    if colon:
+    if colon and not of_file(name):
         return f"{_teacher(teacher)}:{find_trainable(student).name}"
     return choose("method, router or pair", name, [*METHODS, *ROUTERS])
 
