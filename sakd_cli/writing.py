@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sakd_cli.errors import DiskError, RunInUseError
+from sakd_cli.errors import DiskError, RunInUseError, SakdError, UsageError
 from sakd_cli.files import json_bytes, nearest_folder
 
 # On a file system without flock (Lustre) the file itself is the lock, which is as good.
@@ -73,10 +73,16 @@ def require_room(folder: Path, needed: int, again: str = "") -> None:
         raise disk_error(folder, OSError(errno.ENOSPC, ""), needed, again)
 
 
-def disk_error(path: Path, error: OSError, needed: int, again: str = "") -> DiskError:
+def not_made(text: str, error: OSError, hint: str | None = None) -> SakdError:
+    """What to say where the system has refused to make something: of a name that is too long whose mistake it is."""
+    kind = UsageError if error.errno == errno.ENAMETOOLONG else DiskError
+    return kind(f"{text}: {error.strerror}", hint)
+
+
+def disk_error(path: Path, error: OSError, needed: int, again: str = "") -> SakdError:
     """What to say where `needed` bytes could not be written; on a full disk with what is needed and what is free."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"{path}: cannot be written: {error.strerror}")
+        return not_made(f"{path}: cannot be written", error)
     needs, free = (f"{size / 1e6:.3f} MB" for size in (needed, shutil.disk_usage(nearest_folder(path)).free))
     again = again or (ONWARD if _guards_of(path) else "the same command again")
     return DiskError(f"{path}: the disk is full, {needs} needed, {free} free", hint=f"make room, then {again}")
@@ -94,7 +100,7 @@ def acquire_lock(path: Path, wait: float = 0.0, *, failed: str = "", hint: str |
     except Timeout:
         return None
     except OSError as error:
-        raise DiskError(f"{failed or f'{path}: cannot be locked'}: {error.strerror}", hint) from None
+        raise not_made(failed or f"{path}: cannot be locked", error, hint) from None
     return lock
 
 
@@ -112,7 +118,7 @@ def make_folder(path: Path, hint: str | None = None) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"{path}: cannot be made: {error.strerror}", hint) from None
+        raise not_made(f"{path}: cannot be made", error, hint) from None
 
 
 @contextmanager
@@ -144,7 +150,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise
         flush(folder.parent)
     except OSError as error:
-        raise DiskError(f"{failed}: {error.strerror}", hint="--out DIR") from None
+        raise not_made(failed, error, "--out DIR") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():

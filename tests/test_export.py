@@ -84,7 +84,9 @@ def test_a_program_without_sakd_opens_it_with_the_cards_lines(
     for form, inside in kinds:
         option = [] if inside else ["--without-normalisation"]
         out = ["--out", str(tmp_path / f"a {form} {inside}"), *option, "--json", "--set", "timing_seconds=0.01"]
-        document = trained_cli.sakd("export", distilled["run"], "--format", form, *out).document
+        done = trained_cli.sakd("export", distilled["run"], "--format", form, *out)
+        assert "timing network and file for 0.04 s or more" in done.err
+        document = done.document
         Export.model_validate(document)
         check = document["check"]
         assert check["difference"] <= 1e-4

@@ -105,6 +105,8 @@ def test_speed_gives_median_and_quartiles() -> None:
 
 
 def test_a_student_is_judged_beside_the_teacher_of_its_run(trained_cli: CliRunner, distilled: dict[str, Any]) -> None:
+    said = trained_cli.sakd("eval", distilled["run"], "--set", "timing_seconds=0.01").err
+    assert "timing it for 0.02 s or more" in said, "by default it takes seconds"
     result = trained_cli.sakd("eval", distilled["run"], "--json", "--quiet", "--set", "timing_seconds=0.01")
     assert result.err == ""
     document = result.document

@@ -179,6 +179,7 @@ BAD = f"""
 4 | odd: not a run directory                                | eval odd -q
 2 | no run with a trained network in empty                  | eval --runs-dir empty
 2 | no distillation in empty                                | inspect-spots --runs-dir empty
+2 | nowhere: no such folder                                 | runs --runs-dir nowhere
 2 | not a run directory                                     | inspect-spots empty
 2 | it is a 'pretrain' run                                  | inspect-spots TEACHER
 2 | Invalid value for '--top'                               | inspect-spots --top 0
@@ -265,6 +266,10 @@ HINTS = """
 2 | hint: --seed takes one value                      | PAIR --seed 1 2
 2 | hint: --parallel takes no value                   | PAIR --parallel 3
 2 | hint: --methods                                   | sweep sweep-small --method kd
+2 | hint: --method dkd                                | distill --dkd
+2 | hint: --set router.tau=...                        | distill --router.tau 3
+2 | hint: --lr 0.1                                    | PAIR ++train.lr=0.1
+2 | the last and the best epoch are kept              | pretrain-teacher resnet8 --save-best
 2 | hint: --set train.epochs=...                      | sweep sweep-small --epochs 3
 2 | hint: sakd sweep FILE                             | sweep --config x.yaml
 2 | hint: sakd import-weights FILE                    | import-weights --weights x.pth

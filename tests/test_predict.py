@@ -115,6 +115,10 @@ def test_a_picture_that_cannot_be_read_costs_one_line(cli: CliRunner, photos: Pa
     text = cli.sakd("predict", "net.safetensors", *named, "-q").out.splitlines()
     assert text[1] == f"{tmp_path}/empty.png: not read (is empty)"
     assert text[2].startswith("photos/cat/1.png: ")
+    gone = cli.sakd("predict", "net.safetensors", *(f"gone/{n}.png" for n in range(30))).err.splitlines()
+    assert [line for line in gone if line.startswith("warning")][20:] == [
+        "warning: and 10 more that could not be read; --json names them all"
+    ]
     (tmp_path / "nothing").mkdir()
     cli.assert_rejects(["predict", "net.safetensors", str(tmp_path / "nothing")], 3, "no pictures there")
     cli.assert_rejects(["predict", "nowhere", "photos"], 2, "nowhere: no such file")

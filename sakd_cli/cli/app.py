@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from sakd_cli import __version__
 from sakd_cli.cli import guide, process, results, show, sweep, train, watch
@@ -39,7 +39,25 @@ EPILOG = (
     "Precedence of settings: option > environment (SAKD_EPOCHS ...) > --config file > --preset > default. "
     "Exit codes: `sakd guide exit-codes`."
 )
+
+
+class Narrow:
+    """A command whose help has no panels in fewer than 80 columns, where they cut the names of options."""
+
+    rich_markup_mode: Any
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if formatter.width < 78:  # of 80 columns
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Group(Narrow, TyperGroup):
+    """A command that has commands."""
+
+
 app = typer.Typer(
+    cls=Group,
     name="sakd",
     help="Distill image classifiers adaptively: per sample and step, decide where the student learns, and see it.",
     epilog=EPILOG,
@@ -50,7 +68,7 @@ app = typer.Typer(
 )
 NO_ROOM = ("annot allocate memory", "failed to map segment", "bad_alloc")  # to load a library
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
-group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode="markdown")
+group = partial(typer.Typer, cls=Group, no_args_is_help=True, rich_markup_mode="markdown")
 config_app = group(help="Show the settings of a run and where they come from.")
 data_app = group(help="Check data sets.")
 show_app = group(help="Explain a method, a router, a settings key or a JSON schema.")
@@ -66,13 +84,8 @@ def _hide_type_of_flags() -> None:
 _hide_type_of_flags()
 
 
-class OnceEach(TyperCommand):
+class OnceEach(Narrow, TyperCommand):
     """A command that refuses an option with one value which is given several times; the parser would take the last."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        if formatter.width < 78:  # of 80 columns; panels in fewer cut the names of options
-            self.rich_markup_mode = None
-        super().format_help(ctx, formatter)
 
     def make_parser(self, ctx: Any) -> Any:
         parser = super().make_parser(ctx)

@@ -10,6 +10,7 @@ from sakd_cli.cli.console import out, show
 from sakd_cli.errors import UsageError, unknown
 
 GUIDES = files("sakd_cli") / "guides"
+COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)  # what tests and generators are told
 INDEX = "README.md"  # what a repository's web page shows of the folder; it has one line per guide
 
 
@@ -28,7 +29,7 @@ def read(topic: str) -> str:
 
 def for_terminal(text: str) -> str:
     """The text without what only a web page can show: comments, pictures, and links between guides."""
-    text = re.sub(r"<!--.*?-->\n*", "", text, flags=re.DOTALL)
+    text = COMMENT.sub("", text)
     text = re.sub(r"!\[([^]]*)\]\([^)]*\)", r"(\1: see the web page)", text)
     text = re.sub(r"\[([^]]+)\]\(([a-z-]+)\.md(#[\w-]+)?\)", _reference, text)
     return re.sub(r"\[([^]]+)\]\(\.\.[^)]*/([\w.-]+)\)", r"\1 (\2)", text)
@@ -60,7 +61,8 @@ def guide(
 
     if topic is not None:
         text = read(topic)
-        show(Markdown(for_terminal(text), code_theme="ansi_dark") if out().is_terminal else text.rstrip())
+        plain = COMMENT.sub("", text).rstrip()
+        show(Markdown(for_terminal(text), code_theme="ansi_dark") if out().is_terminal else plain)
         return
     width = max(map(len, topics()))
     show("Guides, in reading order; `sakd guide TOPIC` shows one:\n")

@@ -88,9 +88,9 @@ def _of_extra(extra: list[str], command: str, rows: Mapping[str, Option], argume
     start = max((k for k in range(len(arguments)) if [*arguments[k:]][: len(extra)] == extra), default=0)
     at = max((k for k in range(start) if arguments[k].startswith("--")), default=start)
     option, values = arguments[at], [*arguments[at + 1 : start]]
-    row = rows.get(option)
+    row, new = rows.get(option), command == "distill" and "--teacher" not in arguments
     if row is None or len(values) != (row.type not in (FLAG, SWITCH)):
-        return "--teacher {} --student {}".format(*extra) if command == "distill" and len(extra) == 2 else None
+        return "--teacher {} --student {}".format(*extra) if new and len(extra) == 2 else None
     if option == "--set":
         return f"--set {values[0].strip('=')}={''.join(extra).lstrip('=')}"
     if row.type == TEXTS:

@@ -256,6 +256,7 @@ def _latency(
 ) -> Latency | None:
     if not config.timing_seconds:
         return None
+    reporter.say(f"timing network and file for {4 * config.timing_seconds:g} s or more")
     own, file = (
         speed(kind, card.side, torch.device("cpu"), batch=BATCH, seconds=config.timing_seconds)
         for kind in (network, opened)

@@ -81,6 +81,8 @@ def evaluate_network(target: Target, reporter: Reporter, loaded: dict[str, Image
         known: dict[str, Any] = {"network": teacher[1].model.name, "path": str(teacher[0]), "sha256": teacher[1].sha256}
         quality = doc.TeacherQuality(**dict(theirs), **known, agreement=agreement(answers[0], answers[1], labels))
     batch, seconds = min(config.timing_batch, config.batch_size), config.timing_seconds
+    if seconds:
+        reporter.say(f"timing it for {2 * seconds:g} s or more")
     plainly = EvalLoader(dataset.test, dataset, device=device, batch_size=config.batch_size)
     return doc.Evaluation(
         **about,

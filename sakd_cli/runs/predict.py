@@ -68,6 +68,9 @@ def _at(path: str) -> Iterator[Picture]:
     yield from (Picture(one.path, one.text) for one in findings)
 
 
+MOST_TOLD = 20  # pictures that cannot be read, each on a line; a folder that vanishes has thousands
+
+
 @torch.inference_mode()
 def predict(
     weights: Path,
@@ -92,7 +95,7 @@ def predict(
     seen = card.seen
     spec = ImageSpec(seen, 0, Reading(seen.background, seen.orientation, seen.gray_range))
     found: list[Prediction] = []
-    begun = time.perf_counter()
+    begun, failed = time.perf_counter(), 0
     with reporting(reporter, f"pictures: {len(pictures)}", len(pictures)):
         for batch, images in _read(pictures, spec, size):
             answers: Iterator[tuple[list[ClassProbability], int]] = iter(())
@@ -103,14 +106,17 @@ def predict(
             for picture, image in zip(batch, images, strict=True):
                 if isinstance(image, Unreadable):
                     reason = image.reason.partition(": --set")[0]  # a setting of trainings
-                    reporter.warn(f"{legible(picture.path)}: {reason}")
+                    if (failed := failed + 1) <= MOST_TOLD:
+                        reporter.warn(f"{legible(picture.path)}: {reason}")
                     found.append(Prediction(file=legible(picture.path), classes=[], error=reason))
                 else:
                     classes, stage = next(answers)
                     last = stage if exits.thresholds else None
                     found.append(Prediction(file=legible(picture.path), classes=classes, exit=last))
             reporter.advance(len(found))
-    seconds, failed = time.perf_counter() - begun, sum(one.error is not None for one in found)
+    seconds = time.perf_counter() - begun
+    if failed > MOST_TOLD:
+        reporter.warn(f"and {failed - MOST_TOLD} more that could not be read; --json names them all")
     return Predictions(
         weights=str(weights),
         sha256=network.sha256,
