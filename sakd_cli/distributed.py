@@ -12,7 +12,10 @@ argument.
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -30,6 +33,7 @@ from sakd_cli.torchrun import requested_world_size
 
 WAIT = timedelta(hours=1)  # while the main process decodes, writes or reports
 TIMEOUT = timedelta(minutes=5)  # of every exchange within a step: the longest that a lost process can go unnoticed
+PATIENCE = 3  # seconds until it is told that the others are not there yet
 Item = TypeVar("Item")
 
 
@@ -51,23 +55,44 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def init_process_group(device: torch.device) -> None:
-    """Join the process group, if torchrun has started one; once per process."""
+def init_process_group(
+    device: torch.device, say: Callable[[str], None] = lambda text: None, heed: Callable[[], None] = lambda: None
+) -> None:
+    """Join the process group, if torchrun has started one; once per process.
+
+    say   is told where it takes long; heed: called again and again until all are there, to raise what ends this
+    """
     if requested_world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         atexit.register(destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        own, address, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        found: Future[Any] = Future()
+        threading.Thread(target=_meet, args=(found,), daemon=True).start()
+        begin, told = time.monotonic(), False
+        while not wait([found], timeout=0.2).done:  # inside of torch no signal would be heard
+            heed()
+            if not told and time.monotonic() - begin > PATIENCE:
+                told = True
+                say(f"process {own} of {requested_world_size()} waits for the others at {address}:{port}")
         try:
-            store, own, count = next(rendezvous("env://", timeout=WAIT))
+            store, rank, count = found.result()
         except (dist.DistError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            text = f"process {os.environ['RANK']}: the others were not found at {where}: {first_line(error)}"
+            text = f"process {own}: the others were not found at {address}:{port}: {first_line(error)}"
             raise LostProcessError(text) from None
         # After a restart by torchrun the store still holds the addresses of those that are gone.
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         _WAITING.append(dist.new_group(backend="gloo", timeout=WAIT))
+
+
+def _meet(found: "Future[Any]") -> None:
+    """Keep what the rendezvous gives, or how it fails."""
+    try:
+        found.set_result(next(rendezvous("env://", timeout=WAIT)))
+    except BaseException as error:
+        found.set_exception(error)
 
 
 def destroy_process_group() -> None:

@@ -26,13 +26,14 @@ def fork_server(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactor
     return fork_server
 
 
-def started(fork_server: ForkServer, count: int, *arguments: str) -> list[Child]:
+def started(fork_server: ForkServer, count: int, *arguments: str, ranks: int | None = None) -> list[Child]:
+    """All of `count` processes, or the first `ranks` of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    faults = [Faults(environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
-    return [fork_server.start(*arguments, faults=faults) for faults in faults]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks or count)]
+    return [fork_server.start(*arguments, faults=Faults(environment=shared | one)) for one in own]
 
 
 def ended(children: list[Child]) -> list[int]:
@@ -88,6 +89,16 @@ def test_a_process_that_is_killed_ends_all(fork_server: ForkServer) -> None:
     assert ended(children) == [9, -9]
     assert time.monotonic() - begun < 30
     assert children[0].err.splitlines()[-2] == "error: process 0 of 2: another one has ended"
+
+
+def test_one_that_waits_for_the_others_says_so_and_ends(fork_server: ForkServer) -> None:
+    words = [*(word for word in DISTIL if word != "-q"), "--run-dir", "waited"]
+    child = started(fork_server, 2, *words, ranks=1)[0]
+    child.signal_when("process 0 of 2 waits for the others at 127.0.0.1:", signal.SIGTERM)
+    begun = time.monotonic()
+    assert child.wait() == 143
+    assert time.monotonic() - begun < 10
+    assert child.err.splitlines()[-1] == "error: terminated; nothing to save yet"
 
 
 def test_the_step_of_two_levels_is_for_one_process(fork_server: ForkServer) -> None:

@@ -25,7 +25,7 @@ from sakd_cli.documents.base import rounded
 from sakd_cli.documents.training import EpochMetrics, Plan, Summary, TrainingTeacher
 from sakd_cli.engine import checkpoint, loggers, runtime
 from sakd_cli.engine.evaluate import evaluate
-from sakd_cli.engine.reporter import Reporter
+from sakd_cli.engine.reporter import Reporter, raise_if_stopped
 from sakd_cli.engine.trainer import MAIN, EvaluationData, Trainer, TrainingOutput
 from sakd_cli.errors import CheckpointError, Stopped
 from sakd_cli.files import sealed, size_below, yaml_bytes
@@ -136,7 +136,7 @@ def launch(
     loggers.check(job.config.log)
     if plan.extends and plan.resume is not None:
         recipe.require_same_length(job, own_settings(plan.resume, job.config))
-    distributed.init_process_group(job.device)
+    distributed.init_process_group(job.device, reporter.say, partial(raise_if_stopped, reporter))
     place = plan.resume.path if plan.resume else plan.folder or job.config.runs_dir
     # Its checkpoints (last, previous, best), momentum in two of them, and the folder of the network; what a run that
     # goes on has of them is there already, and one checkpoint more while it is written.
