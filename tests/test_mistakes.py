@@ -85,6 +85,8 @@ BAD = f"""
 2 | train.lr: must be a number                              | PAIR --set train.lr=1e-4x
 2 | train.lr: must be greater than 0                        | PAIR --set train.lr=-0.1
 2 | train.lr: must be a number, got '1:30'                  | PAIR --set train.lr=1:30
+2 | is not of the form key=value                            | runs --where method.name==fitnet
+2 | 'DISTILLER.TEACHER'; here it is 'teacher.source'        | config show --set DISTILLER.TEACHER=vgg13
 2 | did you mean 'train.lr'?                                | PAIR --set TRAIN.LR=0.1
 2 | did you mean 'train.lr'?                                | PAIR --set +train_lr=0.1
 2 | 'optimizer.lr'; here it is 'train.lr'                   | PAIR --set optimizer.lr=0.1

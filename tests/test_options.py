@@ -97,6 +97,7 @@ def test_values_are_read_as_a_program_has_them() -> None:
     config = resolve("distill", [PAIR, *option_sources({"lr": "none"}), *set_sources(given)]).config
     assert (config.data.limit, config.train.clip_norm, config.train.lr) == (None, None, None)
     assert (config.train.milestones, config.train.epochs, config.seed) == ((5, 6), 10, 10)
+    assert find_network("torchvision:resnet50").name == "torchvision/resnet50"
     hub = find_network("hf_hub:timm/resnet50.a1_in1k").name
     assert hub == find_network("hf-hub:timm/resnet50.a1_in1k").name
 

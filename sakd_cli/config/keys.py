@@ -125,7 +125,7 @@ def keys_of(task: str) -> list[str]:
 
 def usage_error(task: str, error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
     """The first of pydantic's complaints in one line of ours."""
-    errors = error.errors()
+    errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # perhaps it has another name there
     place = _place(task, errors[0])
     # Of the branches of a union, the one that looked deepest.
     places = [_place(task, one) for one in errors]

@@ -105,6 +105,7 @@ def brought(name: str) -> Network | None:
     Networks of one library are kin where their names begin with the same letters (resnet18 and resnet50; vit_b_16 and
     vit_l_16); a factory's network has no kin but itself. lr: transformers do not learn at 0.05.
     """
+    name = re.sub("^(torchvision|timm):", r"\1/", name)
     if (of_library := re.fullmatch(r"(torchvision|timm)/(([A-Za-z]+)[\w.]*)", name)) is not None:
         family, entry, line = of_library.groups()
         return Network(name, family, {"entry": entry}, 0.01, line=line)

@@ -179,7 +179,7 @@ def set_sources(assignments: Iterable[str]) -> list[ConfigSource]:
 def parse_assignment(option: str, assignment: str, example: str) -> tuple[str, Any]:
     """Key and value of `key=value`, the value read as YAML. Raises UsageError, naming the option and an example."""
     key, equals, text = assignment.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or text.startswith("="):
         raise UsageError(f"{option} {assignment!r} is not of the form key=value", f"for example {option} {example}")
     for value in (text, _patterns_quoted(text)):
         with suppress(yaml.YAMLError, ValueError):  # ValueError: YAML reads 2020-13-45 as a date

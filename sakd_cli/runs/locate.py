@@ -40,7 +40,7 @@ def find_teacher(config: DistillConfig | EvalConfig) -> Path | None:
         hint = "timm/NAME, torchvision/NAME or hf-hub:OWNER/NAME"
         raise UsageError(f"teacher: {source} is no network of a library", hint)
     if isinstance(weights, Path):
-        return weights_at(weights, "teacher.weights", hint="--teacher-weights says where it is")
+        return weights_at(weights, "teacher.weights", hint="--teacher-weights FILE, or library")
     if not _means_path(config.teacher.source):
         name = find_trainable(config.teacher.source).name
         run = newest_run(config.runs_dir, {"task": "pretrain", "model": name} | config.data.identity())
