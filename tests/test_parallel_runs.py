@@ -132,3 +132,6 @@ def test_torchrun_starts_them(fork_server: ForkServer) -> None:
     told = subprocess.run([*launcher, *arguments], cwd=fork_server.cwd, capture_output=True, text=True, check=False)
     assert (told.returncode, told.stderr) == (0, ""), told.stderr
     assert json.loads(told.stdout)["run"] == "launched"
+    arguments = [*DISTIL, "--run-dir", "diverged", "--lr", "1e30"]  # where each process sees its own images
+    told = subprocess.run([*launcher, *arguments], cwd=fork_server.cwd, capture_output=True, text=True, check=False)
+    assert [line for line in told.stderr.splitlines() if "is not finite" in line] == [told.stderr.splitlines()[0]]

@@ -26,6 +26,7 @@ from sakd_cli.errors import (
     DataError,
     DiskError,
     MemoryLimitError,
+    NonFiniteError,
     SakdError,
     Stopped,
     UsageError,
@@ -168,7 +169,9 @@ def run(arguments: list[str]) -> int:
             complain("interrupted")
         return code
     except SakdError as error:
-        if tells(error.message, common=isinstance(error, UsageError | DataError | CheckpointError)):
+        # Of a number that is not finite each process names its own images.
+        what = str(error.exit_code) if isinstance(error, NonFiniteError) else error.message
+        if tells(what, common=isinstance(error, UsageError | DataError | CheckpointError)):
             complain(error.message, error.hint)
         return error.exit_code
     except (BrokenPipeError, SystemExit) as error:  # rich answers a broken pipe with SystemExit
