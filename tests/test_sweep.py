@@ -215,8 +215,9 @@ def test_a_run_that_a_signal_keeps_ending_is_tried_three_times_and_not_remembere
         mock.patch.object(fork_server, "sakd", return_value=mock.Mock(code=-9, err="")),
         by(executor),
     ):
-        result = swept.sakd("sweep", "mine.yaml", "--quiet")
+        result = swept.sakd("sweep", "mine.yaml")
     assert (result.code, len(executor.made)) == (137, 3)
+    assert "waiting  pkt always resnet8:resnet8 seed 0: killed by signal 9 (attempt 1 of 3)" in result.err
     assert "killed by signal 9" in result.err
     assert not list((swept.path / "runs" / "sweeps" / "mine" / "failed").iterdir())
 

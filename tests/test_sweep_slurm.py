@@ -1,5 +1,6 @@
 """A sweep on Slurm whose programs are played by scripts: what they refuse, lose or do not answer."""
 
+import logging.config
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import pytest
 from conftest import DRAWN
 
 from sakd_cli.errors import UsageError
+from sakd_cli.sweep import cluster
 from sakd_cli.sweep.cluster import LOST, SlurmExecutor
 from sakd_cli.sweep.executor import Job, start_job
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+logger = pytest.importorskip("submitit.core.logger")
 QUICK = ("list", "routers")
 TAKES = {"srun": "exit 1", "sbatch": "echo Submitted batch job 7", "scancel": "exit 1"}
 
@@ -82,9 +85,23 @@ def test_jobs_that_are_cancelled_before_they_begin_are_not_waited_for(
 def test_the_state_of_a_lost_job_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = slurm(tmp_path, monkeypatch, sacct=sacct("NODE_FAIL"))
     executor.submit([job(tmp_path)])
-    monkeypatch.setattr(type(executor.tasks["one"][1]), "_results_timeout_s", 0)
+    begun = time.monotonic()
+    assert executor.ended() == [], "its result may be on the way, and nothing waits for it meanwhile"
+    assert time.monotonic() - begun < 10
+    monkeypatch.setattr(cluster, "PATIENCE", 0)
     assert executor.ended() == [("one", LOST)]
     assert (tmp_path / "one.log").read_text() == "error: slurm job 7 gave no exit code, its state is NODE_FAIL\n"
+
+
+def test_a_slurm_without_accounts_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.config.dictConfig(logger.CONFIG)  # its handlers on the streams of this test
+    executor = slurm(tmp_path, monkeypatch, sacct="exit 1")
+    executor.submit([job(tmp_path)])
+    for _ in range(3):
+        executor.tasks["one"][1].watcher.update()
+    assert "".join(capfd.readouterr()).count("status may be inaccurate") == 1
 
 
 def test_a_run_whose_time_is_up_saves_its_state(tmp_path: Path) -> None:

@@ -113,6 +113,24 @@ def test_teachers_that_are_there_are_not_trained_and_two_rules_beat_one(tmp_path
     assert weights == [7, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("resnet8:my.py:small", ("resnet8", "my.py:small")),
+        ("my.py:big:resnet8", ("my.py:big", "resnet8")),
+        ("my.py:big:my.py:small", ("my.py:big", "my.py:small")),
+    ],
+)
+def test_networks_of_a_file_in_a_pair(text: str, pair: tuple[str, str]) -> None:
+    settings = SweepConfig(pairs=[text], methods=["kd"], overrides={text: {"train": {"epochs": 3}}})
+    assert (settings.pairs, [*settings.overrides]) == ((pair,), [text])
+
+
+def test_a_network_of_a_file_is_no_pair() -> None:
+    with pytest.raises(ValueError, match="TEACHER:STUDENT"):
+        SweepConfig(pairs=["my.py:small"], methods=["kd"])
+
+
 def test_a_part_of_a_grid_under_a_budget() -> None:
     part = {"methods": "ft", "pairs": "vgg13:vgg8", "some_routers": "always", "seed_count": 2}
     grid = grid_of("table-same-family", **part, budget="10%", set_=["train.lr=0.1"])

@@ -15,6 +15,8 @@ from sakd_cli.config.options import OPTIONS
 from sakd_cli.config.routers import ROUTERS
 from sakd_cli.errors import UsageError
 
+PAIR = re.compile(r"(.+?):([^:]+\.py:[A-Za-z_]\w*|[^:]*)")
+
 
 def _of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     """Names of a table, under their own names and each once."""
@@ -37,9 +39,8 @@ def _named(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_name(name: str) -> str:
-    teacher, colon, student = name.rpartition(":")
-    if colon and not of_file(name):
-        return f"{_teacher(teacher)}:{find_trainable(student).name}"
+    if isinstance(pair := _two(name), tuple):
+        return f"{_teacher(pair[0])}:{find_trainable(pair[1]).name}"
     return choose("method, router or pair", name, [*METHODS, *ROUTERS])
 
 
@@ -84,16 +85,21 @@ def _doses(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _two(pair: Any) -> Any:
-    """Teacher and student of `teacher:student`."""
-    if isinstance(pair, str) and ":" not in pair:
+    """Teacher and student of `teacher:student`, of which each may be a name in a file, `my.py:Name`."""
+    found = None if not isinstance(pair, str) or of_file(pair) else PAIR.fullmatch(pair)
+    return found.groups() if found else pair
+
+
+def _pair(pair: Any) -> Any:
+    if isinstance(pair := _two(pair), str):
         raise ValueError("is not of the form TEACHER:STUDENT")
-    return tuple(pair.rsplit(":", 1)) if isinstance(pair, str) else pair
+    return pair
 
 
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 Pair = Annotated[
     tuple[Annotated[str, read_by(_teacher)], NetworkName],
-    BeforeValidator(_two),
+    BeforeValidator(_pair),
 ]
 Section = dict[str, Any]
 # What a sweep has a field for.

@@ -2,8 +2,9 @@
 
 import logging
 import sys
+import time
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -16,6 +17,7 @@ MINUTES = 24 * 60  # of a run under Slurm, where nothing else is said; one that 
 HINT = "--resource takes submitit's parameters"
 TASKS = ("nodes", "tasks_per_node", "slurm_nodes", "slurm_ntasks_per_node")
 ALL = 10**6
+PATIENCE = 15.0  # seconds until a result that is not there when Slurm says that a job is over is given up
 LOST = 143  # exit code of a run that was lost for good, or cancelled: that of SIGTERM
 
 
@@ -83,6 +85,17 @@ class RayExecutor(ClusterExecutor):
             return LOST
 
 
+def _once() -> Callable[[logging.LogRecord], bool]:
+    """Whether this line of a library's code has logged nothing yet."""
+    said = set[tuple[str, int]]()
+
+    def new(record: logging.LogRecord) -> bool:
+        place = record.pathname, record.lineno
+        return place not in said and said.add(place) is None
+
+    return new
+
+
 class Work:
     """What submitit carries out: one run; where Slurm takes the machine away it queues the same again."""
 
@@ -113,6 +126,9 @@ class SlurmExecutor(ClusterExecutor):
 
     def __init__(self, jobs: int | None, resources: Mapping[str, Any], folder: Path) -> None:
         submitit = library("submitit", "--executor slurm", extra="slurm")
+        # It has two handlers, and warns at every look where Slurm keeps no accounts.
+        log = logging.getLogger("submitit")
+        log.handlers, log.filters = log.handlers[:1], [_once()]
         options = dict(resources)
         cluster = options.pop("cluster", "slurm")
         try:
@@ -124,6 +140,7 @@ class SlurmExecutor(ClusterExecutor):
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"--executor slurm: {first_line(error)}", HINT) from None
         self.cluster, self.tasks, self.stops = cluster, dict[str, tuple[Job, Any]](), 0
+        self.over = dict[str, float]()  # when it was first seen
 
     def about(self) -> str:
         return f"the cluster {self.cluster!r}, through submitit"
@@ -137,8 +154,13 @@ class SlurmExecutor(ClusterExecutor):
         self.tasks |= {job.key: (job, task) for job, task in zip(jobs, tasks, strict=True)}
 
     def ended(self) -> list[Ended]:
-        over = [key for key, (_, task) in self.tasks.items() if self.stops > 1 or task.done()]
-        return [Ended(key, self._code(*self.tasks.pop(key))) for key in over]
+        now, tasks = time.monotonic(), {key: task for key, (_, task) in self.tasks.items()}
+        done = [key for key, task in tasks.items() if self.stops > 1 or task.done()]
+        self.over = {key: self.over.get(key, now) for key in done}
+        # submitit would wait for the result of each lost one in turn.
+        here = [key for key in done if self.stops or tasks[key].paths.result_pickle.exists()]
+        given_up = [key for key in done if key not in here and now - self.over[key] >= PATIENCE]
+        return [Ended(key, self._code(*self.tasks.pop(key))) for key in here + given_up]
 
     def stop(self, signum: int) -> None:
         self.stops += 1
@@ -152,6 +174,7 @@ class SlurmExecutor(ClusterExecutor):
     def _code(self, job: Job, task: Any) -> int:
         if self.stops:  # submitit would wait for the answer of each that never began
             return LOST
+        task._results_timeout_s = 0
         if task.exception() is None:
             return int(task.result())
         with job.log.open("a") as log:  # where the error of a run is looked for

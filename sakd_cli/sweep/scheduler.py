@@ -187,6 +187,7 @@ class Scheduler:
             return
         entry.run = self.index.of(config)
         if entry.run is not None and entry.run.finished:
+            entry.error = None
             self._into(entry, State.done)
             self._note(entry).unlink(missing_ok=True)
 
@@ -214,7 +215,7 @@ class Scheduler:
                 continue
             self._running[same] = entry
             jobs.append(self._job(entry, config))
-            entry.resumed, entry.attempts = entry.run is not None, entry.attempts + 1
+            entry.resumed, entry.attempts, entry.error = entry.run is not None, entry.attempts + 1, None
             self._into(entry, State.running)
         if jobs:
             executor.submit(jobs)
@@ -256,10 +257,11 @@ class Scheduler:
             again = one.code < 0 or one.code > 128
             if one.code == IN_USE:
                 entry.not_before, entry.attempts = time.monotonic() + IN_USE_PAUSE, entry.attempts - 1
+            entry.error = None if interrupted else self._said(entry, one.code)
             if interrupted or one.code == IN_USE or (again and entry.attempts < ATTEMPTS):
                 self._into(entry, State.waiting)
                 continue
-            entry.error, entry.code = self._said(entry, one.code), one.code if one.code >= 0 else 128 - one.code
+            entry.code = one.code if one.code >= 0 else 128 - one.code
             entry.code = entry.code or BUG  # it ended well and has left nothing
             if not again:  # what a signal has ended resumes by itself at the next call
                 write_json(self._note(entry), {"error": entry.error, "code": entry.code})
@@ -299,7 +301,7 @@ class Scheduler:
     def _said(self, entry: ScheduledRun, code: int) -> str:
         """The error of a job in one line."""
         if code < 0:
-            return f"killed by signal {-code}, {entry.attempts} times"
+            return f"killed by signal {-code} (attempt {entry.attempts} of {ATTEMPTS})"
         lines = list[str]()
         with suppress(OSError, ValueError):
             log = read_bytes(self.log_of(entry), MOST_LOG).decode(errors="replace")
