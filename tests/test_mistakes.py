@@ -181,7 +181,6 @@ BAD = f"""
 4 | odd: not a run directory                                | eval odd -q
 2 | no run with a trained network in empty                  | eval --runs-dir empty
 2 | no distillation in empty                                | inspect-spots --runs-dir empty
-2 | nowhere: no such folder                                 | runs --runs-dir nowhere
 2 | not a run directory                                     | inspect-spots empty
 2 | it is a 'pretrain' run                                  | inspect-spots TEACHER
 2 | Invalid value for '--top'                               | inspect-spots --top 0

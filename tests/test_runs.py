@@ -67,6 +67,9 @@ def test_runs_are_listed_filtered_and_sorted(there: CliRunner) -> None:
     assert names(there, "--sort", "network") == ["t", "s", "broken"]
     assert names(there, "--sort=-network") == ["s", "t", "broken"]
     assert "resnet14" in there.sakd("runs").out
+    nothing = there.sakd("runs", "--runs-dir", "nowhere", "--json")
+    assert (nothing.code, nothing.document["rows"]) == (0, [])
+    assert nothing.err == "warning: nowhere: no such folder\n"
     there.assert_rejects(["runs", "--sort", "size"], 2, "no such column")
     there.assert_rejects(["runs", "--where", "seed"], 2, "key=value")
     for key in ("method.nam", "networ", "nothing"):

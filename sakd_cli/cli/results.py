@@ -254,6 +254,8 @@ def runs(options: Values, json: bool, yes: bool, words: ActionAndRuns = None) ->
     else:
         where = dict(parse_assignment("--where", text, "method.name=fitnet") for text in options["where"] or [])
         document = api.runs(*named, runs_dir=options["runs_dir"], where=where, sort=options["sort"])
+        if options["runs_dir"] and not Path(options["runs_dir"]).is_dir():
+            ConsoleReporter(quiet=False).warn(f"{options['runs_dir']}: no such folder")
     emit(document) if json else show(*entry_tables(document))
 
 

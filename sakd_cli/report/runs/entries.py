@@ -39,8 +39,6 @@ def run_entries(runs_dir: Path, where: Mapping[str, Any], sort: str | None) -> l
     if not isinstance(where, Mapping):
         raise UsageError(f"where: must be a mapping, such as {{'method.name': 'fitnet'}}, got {where!r}")
     runindex.require_readable(runs_dir)
-    if not runs_dir.is_dir():
-        raise UsageError(f"{runs_dir}: no such folder", "--runs-dir DIR, or the folder that holds it")
     found, unseen = [], {key for key in where if key.count(".") < 2} - columns
     for path, (settings, verdict) in runindex.judged(runs_dir, _whole_and_top1).items():
         unseen -= {key for key in unseen if look_up(settings, key) is not None}
