@@ -115,7 +115,7 @@ def test_only_so_many_work_at_once_and_each_has_its_share_of_the_cores(
 def test_one_that_fails_stops_no_other_and_its_error_and_code_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = RecordingReporter()
+    recorder, again = RecordingReporter(), RecordingReporter()
     fails = "import sys; print('error: no room\\nhint: tidy up', file=sys.stderr); sys.exit(5)"
     ends = "import time; time.sleep(0.3); import sys; print('finished', file=sys.stderr)" + FINISH
     for name in ("first", "second"):
@@ -125,6 +125,12 @@ def test_one_that_fails_stops_no_other_and_its_error_and_code_are_reported(
     assert caught.value.exit_code == 5
     assert "run 1: finished" in recorder.messages
     assert set(recorder.warned) == {"run 0: no room (exit code 5)", "run 2: no message (exit code 3)"}
+    (tmp_path / "third").mkdir()
+    dies = (
+        "import os\ntry: os.mkdir(DONE + '2')\nexcept OSError: open(DONE, 'w').close()\nelse: os.kill(os.getpid(), 9)"
+    )
+    together([dies], again, tmp_path / "third", monkeypatch)
+    assert again.warned == ["run 0: killed by signal 9 (attempt 1 of 3)"], "why it begins again"
     with pytest.raises(SeriesError) as caught:
         together([fails, "import sys; sys.exit(1)"], recorder, tmp_path / "second", monkeypatch)
     assert caught.value.exit_code == 1, "a bug is worse than any mistake"

@@ -21,7 +21,7 @@ from fork_server import Child, ForkServer
 from sakd_cli import api
 from sakd_cli.documents.sweep import SweepDocument, SweepPlan
 from sakd_cli.errors import SeriesError
-from sakd_cli.sweep import carry_out
+from sakd_cli.sweep import carry_out, scheduler
 from sakd_cli.sweep.executor import Ended, Executor, Job, LocalExecutor, gpus
 
 GRID: dict[str, Any] = {
@@ -220,6 +220,22 @@ def test_a_run_that_a_signal_keeps_ending_is_tried_three_times_and_not_remembere
     assert "waiting  pkt always resnet8:resnet8 seed 0: killed by signal 9 (attempt 1 of 3)" in result.err
     assert "killed by signal 9" in result.err
     assert not list((swept.path / "runs" / "sweeps" / "mine" / "failed").iterdir())
+
+
+def test_a_run_that_another_command_trains_is_told_and_waited_for(swept: CliRunner, fork_server: ForkServer) -> None:
+    (swept.path / "mine.yaml").write_text(yaml.safe_dump(GRID | {"methods": ["vid"], "routers": ["always"]}))
+    taken = iter([None, None])
+    lock = mock.Mock(wraps=scheduler.acquire_lock, side_effect=lambda path: next(taken, mock.DEFAULT))
+    with (
+        mock.patch.object(scheduler, "acquire_lock", lock),
+        mock.patch.object(scheduler, "CLAIMED_PAUSE", 0),
+        by(ForkExecutor(fork_server.at(swept.path))),
+    ):
+        result = swept.sakd("sweep", "mine.yaml")
+    told = [line for line in result.err.splitlines() if "vid always" in line]
+    assert (result.code, len(told)) == (0, 3)
+    assert told[0] == "[1/2] waiting  vid always resnet8:resnet8 seed 0: another command of this sweep trains it"
+    assert "another" not in "".join(told[1:]) + result.out
 
 
 def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(

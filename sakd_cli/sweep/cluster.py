@@ -90,8 +90,9 @@ def _once() -> Callable[[logging.LogRecord], bool]:
     said = set[tuple[str, int]]()
 
     def new(record: logging.LogRecord) -> bool:
-        place = record.pathname, record.lineno
-        return place not in said and said.add(place) is None
+        place, before = (record.pathname, record.lineno), len(said)
+        said.add(place)
+        return len(said) > before
 
     return new
 

@@ -37,6 +37,7 @@ ATTEMPTS = 3  # of one call to get a run to its end that a signal keeps ending
 IN_USE_PAUSE = 20.0  # seconds before a run is tried again that another process works on
 IN_USE = RunInUseError.exit_code
 CLAIMED_PAUSE = 2.0  # seconds before it is looked again at a run that another sweep trains
+CLAIMED = "another command of this sweep trains it"
 LONGEST = 150  # characters of the name of a run's files
 BUG = 1  # exit code that is worse than any mistake's
 
@@ -224,6 +225,9 @@ class Scheduler:
         """Whether this sweep may train the run now, and no other of the same name does; what those did is read."""
         if (lock := acquire_lock(self.log_of(entry).with_suffix(".lock"))) is None:
             entry.not_before = time.monotonic() + CLAIMED_PAUSE
+            if entry.error != CLAIMED:
+                entry.error = CLAIMED
+                self.changed(entry)
             return False
         self._claims[entry.member.key] = lock
         self.index.refresh()

@@ -249,7 +249,7 @@ class Messages:
             self._read[entry.member.key] = 0
             return
         self._follow(entry)
-        if entry.state is State.failed:
+        if entry.error:
             self.reporter.warn(f"{entry.member.key}: {entry.error}")
 
     def _follow(self, entry: ScheduledRun) -> None:
