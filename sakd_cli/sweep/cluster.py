@@ -91,7 +91,9 @@ def _once() -> Callable[[logging.LogRecord], bool]:
 
     def new(record: logging.LogRecord) -> bool:
         place = record.pathname, record.lineno
-        return place not in said and said.add(place) is None
+        known = place in said
+        said.add(place)
+        return not known
 
     return new
 
