@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -37,17 +37,18 @@ class Config(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's `yes` and `on` are easily meant as something else; a list may be written `1,2`, `[1, 2]` and `(1, 2)`.
 
-        Where a key may be null, Python's None means that too.
+        Where a key may be null, Python's None means that too; but for names and paths.
         """
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("no_bool", "is true or false where another value belongs")
-        if isinstance(value, str) and "\0" in value:
-            raise PydanticCustomError("no_text", "holds a character that no name may have")
-        if isinstance(value, str) and value in ("None", "none", "null") and NoneType in get_args(annotation):
-            return None
         if not isinstance(value, str):
             return _not_too_large(value)
+        if "\0" in value:
+            raise PydanticCustomError("no_text", "holds a character that no name may have")
+        kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in get_args(annotation)}
+        if value in ("None", "none", "null") and NoneType in kinds and not kinds & {str, Path}:
+            return None
         return _as_list(f"[{value[1:-1]}]" if re.fullmatch(r"\(.*,.*\)", value) else value, annotation)
 
     @field_validator("*", mode="after")

@@ -90,9 +90,10 @@ def _once() -> Callable[[logging.LogRecord], bool]:
     said = set[tuple[str, int]]()
 
     def new(record: logging.LogRecord) -> bool:
-        place, before = (record.pathname, record.lineno), len(said)
+        place = record.pathname, record.lineno
+        known = place in said
         said.add(place)
-        return len(said) > before
+        return not known
 
     return new
 
