@@ -78,6 +78,8 @@ def test_a_stop_is_everybodys_and_any_number_of_processes_goes_on(fork_server: F
     children = started(fork_server, 3, "distill", "--resume", "stopped", "-q")
     assert ended(children) == [0, 0, 0], [child.err for child in children]
     assert steps_of(fork_server.cwd / "stopped") == list(range(1, 16))
+    assert children[0].err.startswith("warning: stopped: in 3 processes, began in 2: not the numbers of a run that")
+    assert not children[1].err
 
 
 def test_a_process_that_is_killed_ends_all(fork_server: ForkServer) -> None:

@@ -151,7 +151,7 @@ def launch(
     run, plan = _open_run(job, extensions, plan)
     with run.locked(), loggers.logging_to(run, job.config.log, reporter.warn):
         if distributed.is_main_process():
-            _begin(job, run, plan, images)
+            _begin(job, run, plan, images, reporter)
             assert run.identity is not None, "from here on nothing is written where another run lies"
             note_own(run)
         distributed.barrier()
@@ -190,7 +190,7 @@ def _open_run(job: Job, extensions: Sequence[RunExtension], plan: ResumePlan) ->
     return run, plan._replace(resume=run if resuming else None)
 
 
-def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) -> None:
+def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None, reporter: Reporter) -> None:
     """Make room for a new run, and write down what it is and which images it has."""
     if plan.overwrite:
         run.clear()
@@ -202,6 +202,8 @@ def _begin(job: Job, run: RunDir, plan: ResumePlan, images: Fingerprint | None) 
         write_json(run.path / "env.json", sealed({"id": uuid.uuid4().hex} | runtime.environment(job.device, job.mode)))
     elif plan.extends:
         run.extend(known["train.epochs"])
+    if (began := known.get("processes", now := distributed.world_size())) != now:
+        reporter.warn(f"{run.path}: in {now} processes, began in {began}: not the numbers of a run that never stopped")
     if any(known.get(key) != value for key, value in flat(settings).items() if key in HELD | EXTENDED | {"task"}):
         write_aside(run.path / "config.yaml", yaml_bytes(settings | {EFFECTIVE: effective_values(job)}))
 
