@@ -28,15 +28,15 @@ def test_no_checkpoint_is_written_before_it_is_time_and_a_run_goes_on_from_it(
         def publish(self, run: RunDir, weights: bytes, facts: dict[str, Any]) -> None:
             seen.append(checkpoint.read(folder / "last").state["epoch"])
 
-    whole = trainer_of(PlainTask(), tmp_path / "whole", 5)
+    whole = trainer_of(PlainTask(), tmp_path / "whole", 7)
     whole.fit()
     monkeypatch.setattr("sakd_cli.engine.trainer.SAVING", 1e-9)
-    for epochs, written in ((4, [1, 4, 4]), (5, [5, 5])):
+    for epochs, written, save_every in ((4, [1, 4, 4], None), (7, [5, 6, 7, 7], 99)):  # given, at every end too
         task = PlainTask()
         test = EvalLoader(DATASET.test, DATASET, device=CPU)
         output = TrainingOutput(EvaluationData("test", test, test, CLASSES), Looks(task.network))
-        trainer = trainer_of(task, tmp_path / "run", epochs, output=output)
-        if epochs == 5:
+        trainer = trainer_of(task, tmp_path / "run", epochs, output=output, save_every=save_every)
+        if epochs == 7:
             trainer.resume(checkpoint.read(folder / "last"))
         trainer.fit()
         assert seen == written
