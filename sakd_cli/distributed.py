@@ -56,11 +56,14 @@ def is_main_process() -> bool:
 
 
 def init_process_group(
-    device: torch.device, say: Callable[[str], None] = lambda text: None, heed: Callable[[], None] = lambda: None
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+    raise_if_stopped: Callable[[], None] = lambda: None,
 ) -> None:
     """Join the process group, if torchrun has started one; once per process.
 
-    say   is told where it takes long; heed: called again and again until all are there, to raise what ends this
+    say               is told where it takes long
+    raise_if_stopped  is called again and again until all are there
     """
     if requested_world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -72,7 +75,7 @@ def init_process_group(
         threading.Thread(target=_meet, args=(found,), daemon=True).start()
         begin, told = time.monotonic(), False
         while not wait([found], timeout=0.2).done:  # inside of torch no signal would be heard
-            heed()
+            raise_if_stopped()
             if not told and time.monotonic() - begin > PATIENCE:
                 told = True
                 say(f"process {own} of {requested_world_size()} waits for the others at {address}:{port}")

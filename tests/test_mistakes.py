@@ -224,6 +224,7 @@ HINTS = """
 2 | --method                                          | distill --teacher resnet8 --student resnet8 --loss kd
 2 | --device                                          | pretrain-teacher resnet8 --gpu 0
 2 | sakd pretrain-teacher MODEL                       | pretrain-teacher --model resnet8
+2 | sakd distill --help                               | distill ''
 2 | sakd predict NETWORK PATH...                      | predict --weights x
 2 | hint: --preset quickstart                         | PAIR --config quickstart
 2 | --student                                         | distill --model resnet8

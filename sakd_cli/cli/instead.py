@@ -63,7 +63,7 @@ def instead(error: Any, arguments: Sequence[str]) -> str:
         return f"{flag} {rows[flag].metavar or 'VALUE'}"
     if "does not take a value" in said and flag in rows:
         return f"{flag} alone" + (f", or --set {rows[flag].key}=false" if rows[flag].type == SWITCH else "")
-    if extra := re.search(r"extra argument\(s\) \((.*)\)$", said):
+    if extra := re.search(r"extra argument\(s\) \((.*\S.*)\)$", said):
         return _of_extra(extra[1].split(), command, rows, arguments) or f"{path} --help"
     if not hasattr(error, "possibilities"):
         return f"{path} --help"
